@@ -1,0 +1,1 @@
+"""Files -> rows -> token examples -> batches."""

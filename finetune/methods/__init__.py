@@ -1,0 +1,1 @@
+"""Ways to tune a base: the `Method` contract, and the methods that PEFT lacks."""

@@ -1,0 +1,1 @@
+"""Thin `evaluate.Metric` shells over `finetune.scores`."""

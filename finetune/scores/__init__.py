@@ -1,0 +1,1 @@
+"""Texts -> scores: pure functions, no torch."""
