@@ -1,0 +1,269 @@
+"""The configuration of one run: its schema, its checks, and what its identity is.
+
+`problems` lists everything that is wrong with a composed configuration; it needs neither torch nor a file of weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+# What a configuration may name as a `_target_`; a configuration from a stranger can run nothing else.
+TARGETS = re.compile(
+    r"peft\.\w+Config|torch\.optim\.\w+|bitsandbytes\.optim\.\w+|finetune\.methods\.\w+\.\w+|finetune\.data\.\w+\.\w+"
+)
+NOT_SCIENCE = ("launch", "wandb", "study", "data_dir")  # may differ between two commands that mean the same run
+
+Word = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=80)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Scale = Literal["tiny", "small", "full"]
+
+
+def _target(name: str) -> str:
+    if not TARGETS.fullmatch(name):
+        raise ValueError("is not allowed; allowed are peft.*Config, torch.optim.*, bitsandbytes.optim.* and finetune.*")
+    return name
+
+
+Target = Annotated[str, AfterValidator(_target)]
+
+
+class Section(BaseModel):
+    """A part of the configuration that knows its keys and refuses others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+
+class Open(BaseModel):
+    """Arguments of a `_target_`: their names and types are the target's own matter."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    target: Target = Field(alias="_target_")
+
+
+class Weights(Section):
+    """Where the weights of one scale are: a hub id and its revision for each hub."""
+
+    huggingface: str
+    modelscope: str
+    huggingface_revision: str = "main"
+    modelscope_revision: str = "master"
+
+
+class Model(Section):
+    """conf/model: a base."""
+
+    name: Word
+    architecture: str
+    miniature: str | None
+    package: str | None = None
+    weights: dict[Scale, Literal["miniature", "package"] | Weights]
+    path: str | None
+    hub: Literal["huggingface", "modelscope"]
+    trust_remote_code: bool
+    attention: list[str]
+    qkv: list[str]
+    linear: list[str]
+    embedding: str
+    eos_tokens: list[str]
+    has: list[str]
+    precision: Literal["float32", "bfloat16", "float16"]
+    checkpoint_activations: bool
+    rope_scaling: Literal["linear"] | None
+
+
+class Method(Section):
+    """conf/method: a way to tune a base."""
+
+    name: Word
+    lr: dict[Scale, Annotated[float, Field(ge=0, le=10)]]
+    quantize: Literal["nf4", "int8"] | None
+    needs: list[str]
+    adapter: Open
+
+
+class Fields(Section):
+    """How an item of a file becomes a row; see docs/tasks.md."""
+
+    id: str | None = None
+    task: str
+    kind: str
+    prompt: str | list[str]
+    target: str
+    choices: str | None = None
+    history: str | None = None
+
+
+class Task(Section):
+    """conf/task: data, prompt and scoring."""
+
+    name: Word
+    version: Count
+    source: Open
+    fields: Fields | None
+    only: list[str] | None
+    train_rows: Count | None
+    valid_rows: Count | None
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] | None
+    drop_leaks: bool
+    max_prompt_tokens: Annotated[int, Field(ge=8)]
+    max_target_tokens: Annotated[int, Field(ge=2)]
+
+
+class Optim(Section):
+    """conf/optim: the optimizer, its schedule and its batches."""
+
+    name: Word
+    optimizer: Open
+    lr: Annotated[float, Field(gt=0, le=10)] | None
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: Share
+    epochs: Annotated[float, Field(gt=0)]
+    max_steps: Count | None
+    batch_rows: Count
+    accumulation: Count
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    loss_on: Literal["target", "all"]
+    validations: Annotated[int, Field(ge=0)]
+
+
+class Launch(Section):
+    """conf/launch: where and in how many processes a run happens."""
+
+    name: Word
+    num_processes: Annotated[int, Field(ge=1, le=1024)]
+    device: Literal["auto", "cpu", "cuda"]
+
+
+class Evaluate(Section):
+    """How answers are generated."""
+
+    batch_rows: Count
+    padding_side: Literal["left", "right"]
+    max_new_tokens: Count | None
+
+
+class Wandb(Section):
+    """The copy of the run in Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"]
+    project: Word
+
+
+class Config(Section):
+    """One run: one cell of the grid under one seed."""
+
+    study: Word
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    data_dir: str
+    scale: Scale
+    model: Model
+    method: Method
+    task: Task
+    optim: Optim
+    evaluate: Evaluate
+    launch: Launch
+    wandb: Wandb
+
+
+def problems(config: Mapping[str, Any]) -> list[str]:
+    """Everything that makes `config` invalid, one line each; empty when it can run."""
+    found = [f"{key}=???: a value is required" for key in _missing(config)]
+    try:
+        checked = Config.model_validate(config)
+    except ValidationError as error:
+        required = [line.partition("=")[0] for line in found]
+        lines = (_line(detail, config) for detail in error.errors())
+        return found + [line for line in lines if not line.startswith(tuple(f"{key}=" for key in required))]
+    return found + list(_across(checked))
+
+
+def unsupported(config: Mapping[str, Any]) -> str | None:
+    """The reason why this method cannot work with this base, or None."""
+    method, model = config["method"], config["model"]
+    lacking = [need for need in method["needs"] if need not in model["has"]]
+    if lacking:
+        return f"{method['name']} needs {', '.join(lacking)}, which {model['name']} does not have"
+    return None
+
+
+def learning_rate(config: Mapping[str, Any]) -> float:
+    """`optim.lr`, or the method's own for the scale."""
+    lr = config["optim"]["lr"]
+    return float(config["method"]["lr"][config["scale"]] if lr is None else lr)
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Hash of what makes two runs the same run: the configuration less launch, wandb, study and the data's folder."""
+    science = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
+    return hashlib.sha256(json.dumps(science, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every key of the identity that differs."""
+    before, after = (dict(_leaves({k: v for k, v in c.items() if k not in NOT_SCIENCE})) for c in (old, new))
+    keys = sorted(before.keys() | after.keys())
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+
+
+def _across(config: Config) -> Iterator[str]:
+    """Checks between keys."""
+    optim, ranks = config.optim, config.launch.num_processes
+    share = ranks * optim.accumulation
+    if optim.batch_rows % share:
+        fit = -(-optim.batch_rows // share) * share
+        yield (
+            f"optim.batch_rows={optim.batch_rows}: must be a multiple of {ranks} processes x "
+            f"{optim.accumulation} micro-batches; try optim.batch_rows={fit}"
+        )
+    if config.scale not in config.model.weights and config.model.path is None:
+        yield f"model.weights: {config.model.name} names no weights for scale={config.scale}; set model.path"
+    if config.method.quantize and config.method.adapter.target == "finetune.methods.full.Full":
+        yield f"method.quantize={config.method.quantize}: quantized weights cannot be trained; use method.quantize=null"
+
+
+def _line(detail: Any, config: Mapping[str, Any]) -> str:
+    """One of pydantic's findings in the words of the command line."""
+    place = [str(part) for part in detail["loc"]]
+    value = json.dumps(detail["input"], ensure_ascii=False, default=str)[:80]
+    if detail["type"] == "extra_forbidden":
+        known = _names(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"{'.'.join(place)}: no such key; {hint}"
+    if detail["type"] == "missing":
+        return f"{'.'.join(place)}: missing"
+    keys = [part for part in place if part.isidentifier() or part.isdigit()]
+    message = detail["msg"].removeprefix("Value error, ").replace("Input s", "s")
+    return f"{'.'.join(keys)}={value}: {message}"
+
+
+def _names(place: list[str]) -> list[str]:
+    """The keys that the schema knows at a place."""
+    section: Any = Config
+    for part in place:
+        section = section.model_fields[part].annotation
+        section = next((a for a in getattr(section, "__args__", ()) if isinstance(a, type)), section)
+    return sorted(section.model_fields)
+
+
+def _missing(config: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in _leaves(config) if value == "???"]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; an empty mapping or list is a leaf."""
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    empty = True
+    for key, value in items:
+        empty = False
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    if empty:
+        yield prefix, node

@@ -1,0 +1,196 @@
+"""The run folder: its name, its claim, its end. Which files exist is the state.
+
+    multirun/<study>/<task>[+...]/<model>[+...]/<method>[+...]/seed<k>/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+State = Literal["done", "unsupported", "running", "failed", "unfinished"]
+
+MAX_NAME = 99  # bytes; file systems allow 255, and a name must stay readable in a table
+DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw", "launch": "process"}
+NAMELESS = ("launch", "wandb", "study", "seed", "data_dir", "experiment", "hydra")
+
+
+class Taken(Exception):  # noqa: N818
+    """Another process works on this folder."""
+
+
+def folder(root: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> Path:
+    """Where the run of `config`, composed from the command line's `overrides`, lies."""
+    task, model, method = names(config, overrides)
+    return root / config["study"] / task / model / method / f"seed{config['seed']}"
+
+
+def names(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, str, str]:
+    """Names of the task's, the model's and the method's folder.
+
+    `task.*` overrides become a suffix of the task's name, `model.*` of the model's, all others (and choices of a group
+    other than the default) of the method's.
+    """
+    suffixes: dict[str, list[str]] = {"task": [], "model": [], "method": []}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        group = key.partition(".")[0].partition("@")[0].partition("/")[0]
+        if group in NAMELESS or key in suffixes or value == DEFAULT_CHOICES.get(key):
+            continue
+        owner = group if group in suffixes else "method"
+        suffixes[owner].append(f"{key.removeprefix(owner + '.')}={value}")
+    task, model, method = (_name(config[owner]["name"], parts) for owner, parts in suffixes.items())
+    return task, model, method
+
+
+def _name(stem: str, suffixes: Iterable[str]) -> str:
+    """`stem+suffix+suffix`, printable, without separators, shorter than 100 bytes; what is cut leaves a hash."""
+    raw = "+".join([stem, *sorted(suffixes)])
+    clean = re.sub(r"[^\w=.,+\-]", "_", raw).replace("..", "__").lstrip(".")
+    if len(clean.encode()) > MAX_NAME or clean != raw:
+        digest = hashlib.sha256(raw.encode()).hexdigest()[:8]
+        clean = clean.encode()[: MAX_NAME - 9].decode(errors="ignore") + "~" + digest
+    return clean
+
+
+def find(root: Path) -> list[Path]:
+    """All run folders below `root`, sorted."""
+    return sorted(path.parent for path in root.glob("*/*/*/*/seed*/config.yaml"))
+
+
+def state(run: Path) -> State:
+    """What the files in a run folder say."""
+    if (run / "scores.json").exists():
+        return "done"
+    if (run / "unsupported.json").exists():
+        return "unsupported"
+    if (run / "owner.json").exists() and _alive(run):
+        return "running"
+    return "failed" if (run / "failure.json").exists() else "unfinished"
+
+
+def claim(run: Path, config: Mapping[str, Any]) -> None:
+    """Make the folder ours: `owner.json` is created exclusively, then `config.yaml` written; raises `Taken`."""
+    run.mkdir(parents=True, exist_ok=True)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+    if (run / "owner.json").exists() and not _alive(run):
+        (run / "owner.json").unlink(missing_ok=True)
+    try:
+        with (run / "owner.json").open("x") as file:
+            json.dump(owner, file)
+    except FileExistsError:
+        raise Taken(f"{run}: another process works on it ({(run / 'owner.json').read_text()})") from None
+    _keep_old(run / "failure.json")
+    write_text(run / "config.yaml", yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False))
+
+
+def release(run: Path) -> None:
+    """Give the folder back."""
+    (run / "owner.json").unlink(missing_ok=True)
+
+
+def clear(run: Path) -> None:
+    """Remove what an interrupted attempt left, so that the next starts from nothing; the log and failures stay."""
+    for name in ("steps.jsonl", "predictions.jsonl", "environment.json", "unsupported.json"):
+        (run / name).unlink(missing_ok=True)
+
+
+def fail(run: Path, *, kind: str, message: str) -> None:
+    """Record why the run ended without a result; the first record of an attempt stays."""
+    if (run / "failure.json").exists():
+        return
+    log = tail(run / "run.log", 20)
+    write_json(run / "failure.json", {"kind": kind, "message": message, "log": log, "time": time.time()})
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration that claimed the folder."""
+    config = yaml.load((run / "config.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if not isinstance(config, dict):
+        raise ValueError(f"{run / 'config.yaml'}: not a configuration")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: not a JSON object")
+        return value
+    return {}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all: to a neighbour, to the disk, then by rename."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON object a line."""
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def tail(path: Path, num_lines: int) -> list[str]:
+    """The last lines of a text file; none when it does not exist."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 64 * 1024))
+            return file.read().decode(errors="replace").splitlines()[-num_lines:]
+    except FileNotFoundError:
+        return []
+
+
+@contextlib.contextmanager
+def owned(run: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Hold the claim on a run folder."""
+    claim(run, config)
+    try:
+        yield
+    finally:
+        release(run)
+
+
+def _alive(run: Path) -> bool:
+    """Does the owner still live? An owner on another host is believed to."""
+    try:
+        owner = json.loads((run / "owner.json").read_text())
+        if owner["host"] != socket.gethostname():
+            return True
+        os.kill(int(owner["pid"]), 0)
+    except (FileNotFoundError, ProcessLookupError, ValueError, KeyError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _keep_old(path: Path) -> None:
+    """Number an older record of a failure instead of overwriting it."""
+    if path.exists():
+        number = 1 + len(list(path.parent.glob("failure.*.json")))
+        path.rename(path.with_name(f"failure.{number}.json"))
