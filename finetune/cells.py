@@ -1,0 +1,155 @@
+"""Command line -> cells: Hydra composes every combination, and everything that is wrong with any is listed together."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune import runs
+from finetune.config import Config, differences, identity, problems
+
+_packed = Path(__file__).parent / "conf"  # in a wheel
+CONF = _packed if _packed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+class Invalid(Exception):  # noqa: N818
+    """What the person asked for cannot be composed; the message lists everything that is wrong."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to be: its resolved configuration and its folder."""
+
+    config: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """`task/model/method/seed`."""
+        return "/".join(self.folder.parts[-4:])
+
+
+def cells(args: Namespace, *, root: Path) -> list[Cell]:
+    """The cells that the command line asks for, checked; raises `Invalid`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found: list[Cell] = []
+        wrong: dict[str, None] = {}  # an ordered set
+        for overrides in _combinations(args):
+            cell = _cell(overrides, root)
+            if isinstance(cell, Cell):
+                found.append(cell)
+                wrong.update(dict.fromkeys(problems(cell.config) or _other(cell)))
+            else:
+                wrong[cell] = None
+    if wrong:
+        raise Invalid("\n".join(wrong))
+    return list({cell.folder: cell for cell in found}.values())
+
+
+def _combinations(args: Namespace) -> list[list[str]]:
+    """The overrides of every cell: the command line's over those of the experiment's sweep."""
+    given = [*args.overrides]
+    if args.config_dir:
+        given.append(f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]")
+    try:
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides(given)
+        fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
+        top = compose(args.config_name or "config", overrides=fixed, return_hydra_config=True).hydra
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Invalid(_explain(error)) from None
+    if not (args.multirun or top.mode == RunMode.MULTIRUN):
+        several = [o.input_line for o in parsed if o.is_sweep_override()]
+        if several:
+            raise Invalid(f"{' '.join(map(str, several))}: several values make a grid; add -m")
+        return [given]
+    params = parser.parse_overrides([f"{key}={value}" for key, value in (top.sweeper.params or {}).items()])
+    try:
+        return BasicSweeper.split_arguments([*params, *parsed], None)[0]
+    except HydraException as error:
+        raise Invalid(_explain(error)) from None
+
+
+def _cell(overrides: Sequence[str], root: Path) -> Cell | str:
+    """Compose one cell; what is wrong with it, when it cannot be composed."""
+    try:
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+        task_overrides = [str(o) for o in config.hydra.overrides.task]
+        with open_dict(config):
+            del config.hydra
+        resolved = _resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _explain(error)
+    secrets = [o.partition("=")[0] for o in task_overrides if _secret(o.partition("=")[0])]
+    if secrets:
+        return f"{', '.join(secrets)}: keys and tokens are never written into a run; give them by the environment"
+    return Cell(config=resolved, folder=runs.folder(root, resolved, task_overrides))
+
+
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _other(cell: Cell) -> list[str]:
+    """Why the cell's folder is not this cell's: another configuration made it."""
+    if not (cell.folder / "config.yaml").exists():
+        return []
+    try:
+        old = runs.read_config(cell.folder)
+    except (ValueError, OSError) as error:
+        return [f"{cell.folder}/config.yaml cannot be read ({error}); remove the folder"]
+    if identity(old) == identity(cell.config):
+        return []
+    changed = "; ".join(differences(old, cell.config)) or "order of keys"
+    return [f"{cell.folder} was made by another configuration ({changed}); choose another study=, or remove the folder"]
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message with the near miss spelled out."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if error.__cause__ is not None:
+        lines += [line for line in str(error.__cause__).splitlines()[:1] if line not in lines]
+    text = "; ".join(line.strip() for line in lines)
+    word, known = _misspelt(text)
+    near = difflib.get_close_matches(word, known, n=1) if word else []
+    return f"{text}; did you mean {near[0]}?" if near else text
+
+
+def _misspelt(text: str) -> tuple[str, list[str]]:
+    """The word that Hydra did not know, and the words that it could have been."""
+    if "Could not find '" in text:  # a choice: 'method/loar'
+        group, _, choice = text.partition("Could not find '")[2].partition("'")[0].rpartition("/")
+        return choice, [path.stem for path in (CONF / group).glob("*.yaml")]
+    if "Could not override '" in text or "Key '" in text:
+        key = text.partition("'")[2].partition("'")[0]
+        return key.rpartition(".")[2], _keys(key)
+    return "", []
+
+
+def _keys(key: str) -> list[str]:
+    """The names that the schema knows beside a key."""
+    section: Any = Config
+    for part in key.split(".")[:-1]:
+        section = section.model_fields[part].annotation if part in section.model_fields else None
+        if not hasattr(section, "model_fields"):
+            return []
+    return list(section.model_fields)
+
+
+def _secret(key: str) -> bool:
+    return key.upper().rpartition(".")[2].endswith(("_KEY", "_TOKEN", "APIKEY", "PASSWORD", "SECRET"))

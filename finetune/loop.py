@@ -1,0 +1,204 @@
+"""The optimisation loop: planned rows -> losses -> optimizer steps, the same for every method and number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+
+from finetune.data.batches import Batch, Example, group, pack, pad, supervised
+from finetune.methods.method import Method, trainable
+from finetune.models.attention import packing
+
+CPU_PACK_TOKENS = 4096  # a pack's activations stay below a GiB for a miniature; more tokens do not run faster
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """How rows become batches for one model: packed where the base and the method allow it, else padded."""
+
+    packed: bool
+    pad_id: int
+    loss_on: str
+    device: torch.device
+
+    def batches(self, examples: Sequence[Example]) -> list[Batch]:
+        """Batches of one forward pass each that hold all of `examples`."""
+        if self.packed:
+            found = [pack(part, loss_on=self.loss_on) for part in _bounded(examples)]
+        else:
+            found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in group(examples)]
+        return [batch.to(self.device) for batch in found]
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's supervised tokens, in float32."""
+    if batch.bounds is None:
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        logits = logits[:, -batch.longest :].flatten(0, 1)[batch.kept]  # virtual tokens come first
+    else:
+        logits = model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.kept,
+            cu_seq_lens_q=batch.bounds,
+            cu_seq_lens_k=batch.bounds,
+            max_length_q=batch.longest,
+            max_length_k=batch.longest,
+        ).logits[0]
+    return cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, accelerator: Accelerator) -> float:
+    """Mean cross-entropy in nats per supervised token over all processes' shares of `examples`."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    model.eval()
+    base, total = accelerator.unwrap_model(model), torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), _attending(base, feeder):
+        for part in [examples[i : i + 32] for i in range(0, len(examples), 32)][rank::ranks]:
+            for batch in feeder.batches(part):
+                total += torch.tensor([summed_loss(base, batch).item(), len(batch.labels)], dtype=torch.float64)
+    model.train()
+    summed, count = accelerator.reduce(total.float().to(accelerator.device)).tolist()
+    return float(summed / count)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What one training needs besides the model."""
+
+    method: Method
+    accelerator: Accelerator
+    feeder: Feeder
+    examples: Sequence[Example]
+    steps: Sequence[Sequence[int]]  # row numbers of every optimizer step
+    optim: Mapping[str, Any]
+    lr: float
+
+    def run(self, model: Any, *, validate: Callable[[Any], float], record: Callable[[dict[str, Any]], None]) -> Any:
+        """Train; `record` gets every step's numbers. Returns the unwrapped model."""
+        optimizer = self._optimizer(model)
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, len(self.steps), self.optim))
+        validations = _spaced(self.optim["validations"], len(self.steps))
+        model.train()
+        clock = _Clock()
+        for number, rows in enumerate(self.steps, start=1):
+            rate = schedule.get_last_lr()[0]
+            loss, norm = self._step(model, optimizer, rows, number)
+            schedule.step()
+            clock.add(sum(len(self.examples[row].ids) for row in rows))
+            line = {"step": number, "num_steps": len(self.steps), "loss": loss, "lr": rate, "gradient_norm": norm}
+            line |= {"tokens_per_second": clock.rate(), "seconds": clock.seconds}
+            if number in validations:
+                with clock.paused():
+                    line["valid_loss"] = validate(model)
+            record(line)
+        return self.accelerator.unwrap_model(model)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        arguments = {k: v for k, v in self.optim["optimizer"].items() if k != "_target_"}
+        groups = self.method.parameter_groups(model, self.lr)
+        target = self.optim["optimizer"]["_target_"]
+        optimizer: torch.optim.Optimizer = instantiate({"_target_": target, "_partial_": True})(groups, **arguments)
+        return optimizer
+
+    def _step(self, model: Any, optimizer: Any, rows: Sequence[int], number: int) -> tuple[float, float]:
+        """One optimizer step on `rows`: the mean loss per supervised token of the whole step, and the gradient norm."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        loss_on = self.feeder.loss_on
+        count = sum(len(supervised(self.examples[row], loss_on=loss_on)) for row in rows)
+        batches = self._share(rows[rank::ranks])
+        summed = torch.zeros((), device=self.accelerator.device)
+        base = self.accelerator.unwrap_model(model)
+        for batch in batches:
+            last = batch is batches[-1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), _attending(base, self.feeder):
+                loss = summed_loss(model, batch)
+                summed += loss.detach()
+                penalty = self.method.penalty(base) if last else 0.0
+                self.accelerator.backward(loss * (ranks / count) + penalty)
+        mean = float(self.accelerator.reduce(summed)) / count
+        limit = self.optim["max_grad_norm"] or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(list(trainable(model)), limit))
+        if not math.isfinite(mean) or (not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"):
+            raise FloatingPointError(f"step {number}: loss {mean}, gradient norm {norm}; rows {list(rows)[:8]}")
+        optimizer.step()
+        self.method.after_step(base, number)
+        optimizer.zero_grad()
+        return mean, norm
+
+    def _share(self, rows: Sequence[int]) -> list[Batch]:
+        """This process's batches, at least one for each micro-batch."""
+        parts = self.optim["accumulation"]
+        return [b for i in range(parts) for b in self.feeder.batches([self.examples[row] for row in rows[i::parts]])]
+
+
+def schedule_factor(step: int, num_steps: int, optim: Mapping[str, Any]) -> float:
+    """The share of the learning rate at a step (from 0): linear warm-up, then cosine, linear or constant."""
+    warmup = round(optim["warmup"] * num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, num_steps - warmup)
+    factors = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return factors[optim["schedule"]]
+
+
+def _attending(base: Any, feeder: Feeder) -> contextlib.AbstractContextManager[None]:
+    return packing(base) if feeder.packed else contextlib.nullcontext()
+
+
+def _bounded(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Rows in order, cut into packs of bounded size."""
+    found: list[Example] = []
+    size = 0
+    for example in examples:
+        if found and size + len(example.ids) > CPU_PACK_TOKENS:
+            yield found
+            found, size = [], 0
+        found.append(example)
+        size += len(example.ids)
+    if found:
+        yield found
+
+
+def _spaced(count: int, num_steps: int) -> set[int]:
+    """Evenly spaced step numbers, the last included."""
+    return {round(num_steps * (i + 1) / count) for i in range(count)} - {0}
+
+
+class _Clock:
+    """Seconds of training alone, and real tokens per second over the last twenty steps."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.idle = 0.0
+        self.marks: list[tuple[float, int]] = [(0.0, 0)]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start - self.idle
+
+    def add(self, num_tokens: int) -> None:
+        self.marks.append((self.seconds, self.marks[-1][1] + num_tokens))
+
+    def rate(self) -> float:
+        (first, before), (last, after) = self.marks[-21 if len(self.marks) > 20 else 0], self.marks[-1]
+        return (after - before) / max(last - first, 1e-9)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - began

@@ -1,0 +1,58 @@
+"""The contract of a method: how a base becomes a model to train, and what happens around its steps.
+
+`train` names no method: what one method needs is a hook here, with a default that does nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.data.rows import Row
+
+
+class Method(ABC):
+    """A way to tune a base."""
+
+    trains = True  # False: nothing is trained, the base answers as it is
+    leaves_base_intact = True  # False: the base's own weights change (full tuning); they are then kept in float32
+    padding_free = True  # False: has virtual tokens, so rows are padded
+    checkpointable = True  # False: cannot recompute activations in the backward pass
+
+    @abstractmethod
+    def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
+        """Return the model to train; exactly the method's weights require gradients. The seed is set just before."""
+
+    def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return [{"params": list(trainable(model)), "lr": lr}]
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """A term that is added to every step's mean loss."""
+        return 0.0
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after optimizer step `step` (from 1), the gradients still there."""
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs and no state dict holds."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo `state`."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the trained weights as safetensors."""
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """Put the weights of `folder` onto a fresh base; return the tuned model."""
+        return model
+
+
+def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
+    """The parameters that require gradients."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,81 @@
+"""Every method of the PEFT library: one YAML file names its config class, and this does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from torch import Tensor, nn
+
+from finetune.data.rows import Row
+from finetune.methods.method import Method
+
+
+class Peft(Method):
+    """A PEFT config, attached."""
+
+    def __init__(self, config: PeftConfig) -> None:
+        self.config = config
+        self.padding_free = not config.is_prompt_learning
+        # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base)
+        self.checkpointable = config.peft_type != PeftType.PREFIX_TUNING
+
+    def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
+        """Wrap the base; PEFT keeps the method's weights in float32."""
+        return get_peft_model(model, self.config)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """As PEFT reads it back."""
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """PEFT's own loading, from safetensors."""
+        return PeftModel.from_pretrained(model, folder)
+
+
+class AdaLora(Method):
+    """AdaLoRA with the schedule given as shares of the run (Zhang et al. 2023, arXiv:2303.10512).
+
+    `tinit` and `tfinal` are the shares of the steps before pruning starts and after it has ended.
+    """
+
+    def __init__(self, *, tinit: float, tfinal: float, orth_reg_weight: float, **arguments: Any) -> None:
+        if not (0 <= tinit and 0 <= tfinal and tinit + tfinal < 1):
+            raise ValueError(f"tinit={tinit} and tfinal={tfinal} are shares of the steps and must sum to less than 1")
+        self.shares = (tinit, tfinal)
+        self.weight = orth_reg_weight
+        self.arguments = arguments
+        AdaLoraConfig(total_step=10, tinit=1, tfinal=1, **arguments)  # refuses what PEFT does not know
+
+    def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
+        """Wrap the base; the budget follows the run's optimizer steps."""
+        tinit, tfinal = (round(share * num_steps) for share in self.shares)
+        schedule = {"total_step": num_steps, "tinit": tinit, "tfinal": tfinal, "orth_reg_weight": self.weight}
+        return get_peft_model(model, AdaLoraConfig(**schedule, **self.arguments))
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """Mean of |P^T P - I| + |Q Q^T - I| over the layers' factors (eq. 4); PEFT adds it to its own loss only."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        factors = [p if "lora_A" in n else p.T for n, p in named if "lora_A" in n or "lora_B" in n]  # (rank, features)
+        return self.weight * sum(map(_orthogonality, factors)) / len(factors)
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Move the rank budget while this step's gradients are there."""
+        model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
+
+    def save(self, model: Any, folder: Path) -> None:
+        """As PEFT reads it back."""
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """PEFT's own loading, from safetensors."""
+        return PeftModel.from_pretrained(model, folder)
+
+
+def _orthogonality(factor: Tensor) -> Tensor:
+    """Frobenius norm of F F^T - I for a factor (rank, features)."""
+    gram = factor @ factor.T
+    return (gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).norm(p="fro")

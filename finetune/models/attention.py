@@ -1,0 +1,75 @@
+"""Padding-free attention: rows lie one after another in one sequence, and each attends to itself only.
+
+Registered with transformers' `AttentionInterface` as "packed"; no mask is built for it, and it receives the row
+boundaries that the forward pass was given as `cu_seq_lens_q` and `max_length_q`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+NAME = "packed"
+PACKABLE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
+
+
+def packable(model: nn.Module) -> bool:
+    """Can rows of this base be packed? BLOOM ignores position ids and has attention of its own."""
+    cuda = next(model.parameters()).is_cuda
+    return type(model).__name__ in PACKABLE and (not cuda or torch.cuda.get_device_capability() >= (8, 0))
+
+
+@contextlib.contextmanager
+def packing(model: Any) -> Iterator[None]:
+    """Within, the model attends by rows; `model` is the base itself, whatever wraps it."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention within rows: query (1, heads, tokens, size) -> (1, tokens, heads, size); no dropout."""
+    bounds, scale = options["cu_seq_lens_q"], options.get("scaling")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, size)
+        longest = options["max_length_q"]
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **_causal(q, k))
+        return out[None], None
+    grouped = query.shape[1] != key.shape[1]
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale, enable_gqa=grouped
+        )
+        for a, b in pairwise(bounds.tolist())
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
+    """`varlen_attn`'s arguments, which change with torch: is_causal (2.10), window_size (2.11), enable_gqa (2.12)."""
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known and query.shape[1] != key.shape[1]:
+        causal["enable_gqa"] = True
+    return causal
+
+
+AttentionInterface.register(NAME, packed_attention)

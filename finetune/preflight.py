@@ -1,0 +1,50 @@
+"""The checks that need the libraries, in one process before a sweep starts: data, optimizer, adapter arguments.
+
+Reads a JSON list of {model, method, task, optim, scale} from standard input, writes a JSON list of problems.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from finetune.data import rows
+from finetune.methods import method
+
+
+def main() -> None:
+    """Check every distinct part once."""
+    found: dict[str, None] = {}
+    seen: set[str] = set()
+    for part in json.load(sys.stdin):
+        for check, what in ((_data, part["task"]), (_adapter, part["method"])):
+            key = json.dumps([check.__name__, what], sort_keys=True)
+            if key not in seen:
+                seen.add(key)
+                found.update(dict.fromkeys(_problems(check, what)))
+    json.dump(list(found), sys.stdout)
+
+
+def _problems(check: Callable[[Mapping[str, Any]], None], what: Mapping[str, Any]) -> list[str]:
+    try:
+        check(what)
+    except (ValueError, TypeError, OSError) as error:
+        return str(error).splitlines()
+    return []
+
+
+def _data(task: Mapping[str, Any]) -> None:
+    rows.load(task)
+
+
+def _adapter(config: Mapping[str, Any]) -> None:
+    try:
+        method.build(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method.adapter of {config['name']}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a person sees while a grid runs: a bar for the sweep and one for the cell; plain lines when not a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from finetune import runs
+
+STYLES = {"done": "green", "failed": "bold red", "unsupported": "yellow", "running": "cyan", "unfinished": "yellow"}
+
+
+class Progress:
+    """One bar for the sweep and one for the cell at work."""
+
+    def __init__(self, *, num_cells: int) -> None:
+        self.console = Console(stderr=True)
+        self.total = num_cells
+        self.count = 0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        tail = (TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
+        self.bars = Bars(*columns, *tail, console=self.console, disable=not self.console.is_terminal)
+        self.sweep = self.bars.add_task("sweep", total=num_cells, note="")
+        self.cell = self.bars.add_task("cell", total=None, note="", visible=False)
+        self.name = ""
+
+    def __enter__(self) -> Progress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def watch(self, name: str, run: Path) -> None:
+        """Show where the job in `run` stands, from its own files."""
+        if name != self.name:
+            self.name = name
+            self.bars.reset(self.cell, total=None, visible=True, description=escape(name))
+        step: dict[str, float] = {}
+        with contextlib.suppress(ValueError, IndexError):
+            step = json.loads(runs.tail(run / "steps.jsonl", 1)[-1])
+        line = next(reversed(runs.tail(run / "run.log", 1)), "")
+        total = step.get("num_steps")
+        note = line[:80]
+        if step and step["step"] < step["num_steps"]:
+            note = f"loss {step['loss']:.3f}  {step['tokens_per_second']:.0f} tokens/s"
+        self.bars.update(self.cell, total=total, completed=step.get("step", 0), note=note)
+
+    def advance(self, name: str, outcome: str) -> None:
+        """A cell has ended."""
+        self.count += 1
+        self.bars.update(self.sweep, advance=1)
+        style = STYLES[outcome]
+        self.console.print(f"{self.count}/{self.total} {escape(name)} [{style}]{outcome}[/]", highlight=False)
+
+
+def summary(outcomes: Sequence[tuple[str, Path, str]]) -> None:
+    """A line for every kind of end, and a table of what went wrong: cell, log and the last line of the error."""
+    console = Console(stderr=True)
+    counts = {kind: sum(outcome == kind for _, _, outcome in outcomes) for kind in STYLES}
+    console.print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number), highlight=False)
+    table = Table("cell", "why", "log")
+    for name, run, outcome in outcomes:
+        if outcome in ("failed", "unsupported", "unfinished"):
+            record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
+            why = str(record.get("message") or record.get("reason") or "stopped without a word")
+            table.add_row(escape(name), escape(why), escape(str(run / "run.log")) if outcome == "failed" else "")
+    if table.row_count:
+        console.print(table)
