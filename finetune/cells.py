@@ -25,7 +25,7 @@ _packed = Path(__file__).parent / "conf"  # in a wheel
 CONF = _packed if _packed.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-class Invalid(Exception):  # noqa: N818
+class Invalid(Exception):
     """What the person asked for cannot be composed; the message lists everything that is wrong."""
 
 

@@ -74,4 +74,9 @@ def _version(package: str) -> str | None:
 def _hardware() -> Mapping[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    return {"machine": platform.machine(), "cpus": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpus": gpus}
+    return {
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpus": gpus,
+    }

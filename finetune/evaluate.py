@@ -18,7 +18,13 @@ def answer_limit(examples: Sequence[Example]) -> int:
 
 @torch.no_grad()
 def predict(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_rows: int, ends: Sequence[int], pad_id: int,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_rows: int,
+    ends: Sequence[int],
+    pad_id: int,
     padding_side: str = "left",
 ) -> Iterator[list[tuple[int, list[int], str]]]:
     """Batches of (row number, new token ids without the end token, "stop" or "length"), longest prompts first."""

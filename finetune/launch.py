@@ -40,7 +40,7 @@ def supervise(run: Path, launch: Mapping[str, Any], *, watch: Callable[[], None]
             stderr=subprocess.STDOUT,
             env=_environment(),
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509
+            preexec_fn=_die_with_parent,
         )
     try:
         while True:

@@ -1,6 +1,6 @@
 """The run folder: its name, its claim, its end. Which files exist is the state.
 
-    multirun/<study>/<task>[+...]/<model>[+...]/<method>[+...]/seed<k>/
+multirun/<study>/<task>[+...]/<model>[+...]/<method>[+...]/seed<k>/
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw", "launch": "process"}
 NAMELESS = ("launch", "wandb", "study", "seed", "data_dir", "experiment", "hydra")
 
 
-class Taken(Exception):  # noqa: N818
+class Taken(Exception):
     """Another process works on this folder."""
 
 
@@ -115,7 +115,9 @@ def fail(run: Path, *, kind: str, message: str) -> None:
 
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration that claimed the folder."""
-    config = yaml.load((run / "config.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    config = yaml.load(
+        (run / "config.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )
     if not isinstance(config, dict):
         raise ValueError(f"{run / 'config.yaml'}: not a configuration")
     return config

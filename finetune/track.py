@@ -23,7 +23,12 @@ class Tracker:
 
     def step(self, line: Mapping[str, Any]) -> None:
         """The numbers of one optimizer step."""
-        names = {"loss": "train/loss", "lr": "train/lr", "valid_loss": "valid/loss", "gradient_norm": "train/gradient_norm"}
+        names = {
+            "loss": "train/loss",
+            "lr": "train/lr",
+            "valid_loss": "valid/loss",
+            "gradient_norm": "train/gradient_norm",
+        }
         values = {names.get(k, f"train/{k}"): v for k, v in line.items() if k not in ("step", "num_steps")}
         self._try(lambda: self.run.log(values, step=line["step"]))
 

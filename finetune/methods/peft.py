@@ -43,7 +43,7 @@ class AdaLora(Method):
     """
 
     def __init__(self, *, tinit: float, tfinal: float, orth_reg_weight: float, **arguments: Any) -> None:
-        if not (0 <= tinit and 0 <= tfinal and tinit + tfinal < 1):
+        if not (tinit >= 0 and tfinal >= 0 and tinit + tfinal < 1):
             raise ValueError(f"tinit={tinit} and tfinal={tfinal} are shares of the steps and must sum to less than 1")
         self.shares = (tinit, tfinal)
         self.weight = orth_reg_weight
