@@ -1,1 +1,1 @@
-"""Compare fine-tuning methods: every base x method x task is one training job in one folder, and a report reads them."""
+"""Compare fine-tuning methods: every base x method x task is one training job in one folder; a report reads them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,39 +12,50 @@ from torch import Tensor
 from finetune.data.batches import Example
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    number: int  # of the prompt
+    ids: list[int]  # new tokens without the end token
+    finish_reason: str  # stop | length
+
+
 def answer_limit(examples: Sequence[Example]) -> int:
     """Tokens of the longest training target, its end token included: no answer needs more."""
     return max(len(example.ids) - example.num_prompt for example in examples)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated."""
+
+    max_new_tokens: int
+    batch_rows: int  # prompts decoded together
+    end_ids: Sequence[int]
+    pad_id: int
+    padding_side: str = "left"
+
+
 @torch.no_grad()
-def predict(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_rows: int,
-    ends: Sequence[int],
-    pad_id: int,
-    padding_side: str = "left",
-) -> Iterator[list[tuple[int, list[int], str]]]:
-    """Batches of (row number, new token ids without the end token, "stop" or "length"), longest prompts first."""
+def predict(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[Answer]]:
+    """Answers in batches, longest prompts first."""
     model.eval()
     order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
-    for first in range(0, len(order), batch_rows):
-        numbers = order[first : first + batch_rows]
-        ids, mask = _padded([prompts[n] for n in numbers], pad_id=pad_id, side=padding_side)
+    for first in range(0, len(order), decoding.batch_rows):
+        numbers = order[first : first + decoding.batch_rows]
+        ids, mask = _padded([prompts[n] for n in numbers], pad_id=decoding.pad_id, side=decoding.padding_side)
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
-            eos_token_id=list(ends),
-            pad_token_id=pad_id,
+            eos_token_id=list(decoding.end_ids),
+            pad_token_id=decoding.pad_id,
             use_cache=True,
         )
-        texts = [_cut(new, set(ends)) for new in output[:, -(output.shape[1] - ids.shape[1]) :].tolist()]
-        yield [(n, *text) for n, text in zip(numbers, texts, strict=True)]
+        new = output[:, ids.shape[1] :].tolist()
+        yield [_answer(n, tokens, set(decoding.end_ids)) for n, tokens in zip(numbers, new, strict=True)]
 
 
 def _padded(prompts: Sequence[Sequence[int]], *, pad_id: int, side: str) -> tuple[Tensor, Tensor]:
@@ -58,7 +70,7 @@ def _padded(prompts: Sequence[Sequence[int]], *, pad_id: int, side: str) -> tupl
     return ids, mask
 
 
-def _cut(ids: list[int], ends: set[int]) -> tuple[list[int], str]:
-    """New tokens up to the first end token, and why they ended."""
+def _answer(number: int, ids: list[int], ends: set[int]) -> Answer:
+    """The new tokens up to the first end token, and why they ended."""
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    return (ids, "length") if stop is None else (ids[:stop], "stop")
+    return Answer(number, ids, "length") if stop is None else Answer(number, ids[:stop], "stop")

@@ -1,4 +1,4 @@
-"""The optimisation loop: planned rows -> losses -> optimizer steps, the same for every method and number of processes."""
+"""The optimisation loop: planned rows -> losses -> steps, the same for every method and number of processes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Loop:
             schedule.step()
             clock.add(sum(len(self.examples[row].ids) for row in rows))
             line = {"step": number, "num_steps": len(self.steps), "loss": loss, "lr": rate, "gradient_norm": norm}
-            line |= {"tokens_per_second": clock.rate(), "seconds": clock.seconds}
+            line |= {"tokens_per_second": clock.rate(), "seconds": clock.seconds, "num_tokens": clock.num_tokens}
             if number in validations:
                 with clock.paused():
                     line["valid_loss"] = validate(model)
@@ -189,6 +189,10 @@ class _Clock:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start - self.idle
+
+    @property
+    def num_tokens(self) -> int:
+        return self.marks[-1][1]
 
     def add(self, num_tokens: int) -> None:
         self.marks.append((self.seconds, self.marks[-1][1] + num_tokens))

@@ -16,9 +16,9 @@ TABLE_ROWS = 200  # predictions shown in W&B; all of them are in predictions.jso
 class Tracker:
     """A W&B run that swallows its own errors."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, config: Mapping[str, Any] | None) -> None:
         self.run: Any = None
-        if config["wandb"]["mode"] != "disabled":
+        if config and config["wandb"]["mode"] != "disabled":
             self._try(self._start, run, config)
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -33,13 +33,8 @@ class Tracker:
         self._try(lambda: self.run.log(values, step=line["step"]))
 
     def finish(self, scores: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> None:
-        """The scores, and a table of predictions."""
+        """The scores, a table of predictions, the end."""
         self._try(self._finish, scores, predictions)
-
-    def close(self, *, failed: bool) -> None:
-        """End the run."""
-        self._try(lambda: self.run.finish(exit_code=int(failed), quiet=True))
-        self.run = None
 
     def _start(self, run: Path, config: Mapping[str, Any]) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -68,6 +63,7 @@ class Tracker:
         columns = ["id", "task", "prompt", "reference", "prediction", "finish_reason"]
         rows = [[line[column] for column in columns] for line in predictions[:TABLE_ROWS]]
         self.run.log({"predictions": wandb.Table(columns=columns, data=rows)})
+        self.run.finish(quiet=True)
 
     def _try(self, action: Any, *arguments: Any) -> None:
         if self.run is None and action != self._start:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,88 +38,122 @@ from finetune.track import Tracker
 log = logging.getLogger("finetune")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run, loaded: what every part of it needs."""
+
+    run: Path
+    config: Mapping[str, Any]
+    accelerator: Accelerator
+    method: Method
+    base: Base
+    split: rows.Split
+    train_rows: Sequence[Example]
+    valid_rows: Sequence[Example]
+    feeder: Feeder
+
+    @property
+    def main(self) -> bool:
+        """Is this the process that writes?"""
+        return self.accelerator.is_main_process
+
+    def valid_loss(self, model: Any) -> float:
+        """Mean cross-entropy in nats per supervised token of the validation rows."""
+        return mean_loss(model, self.valid_rows, feeder=self.feeder, accelerator=self.accelerator)
+
+
 def train(run: Path) -> None:
     """Load, tune, predict, score; scores.json comes last."""
     began = time.perf_counter()
     config = runs.read_config(run)
+    job = _load(run, config)
+    steps = _plan(job)
+    log.info("%d training rows, %d to validate, %d steps", len(job.train_rows), len(job.valid_rows), len(steps))
+    tracker = Tracker(run, config if job.main else None)
+    model, counts = _attach(job, num_steps=len(steps))
+    model, history = _tune(job, model, steps, tracker)
+    if job.main:
+        job.method.save(model, run / "adapter")
+    started = time.perf_counter()
+    answers = _answers(job, model)
+    if job.main:
+        predictions = _predictions(job, answers)
+        now = time.perf_counter()
+        seconds = {"predict_seconds": now - started, "total_seconds": now - began}
+        losses = _losses(history) or {"valid": job.valid_loss(model)}
+        result = _result(job, predictions, history, cost=counts | seconds) | {"loss": losses}
+        tracker.finish(result, predictions)
+        runs.write_json(run / "scores.json", result)
+        log.info("done in %.1f s: ROUGE-1 %.1f", now - began, result["scores"]["mean"]["rouge-1"])
+
+
+def _load(run: Path, config: Mapping[str, Any]) -> Job:
+    """Data, base and method, and environment.json that records them."""
     accelerator, precision = _accelerator(config)
-    main = accelerator.is_main_process
     split = rows.load(config["task"])
     method = build(config["method"])
     base = _base(config, accelerator.device, precision=precision if method.leaves_base_intact else "float32")
-    train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, split.valid))
-    optim = config["optim"]
-    steps = _plan(method, len(train_rows), optim, seed=config["seed"])
-    log.info("%d training rows, %d to validate, %d steps", len(train_rows), len(valid_rows), len(steps))
-    if main:
-        hashes = {"data": split.data_hash, "templates": split.templates_hash, "weights": base.weights_hash}
-        record = {**environment(**hashes), "notes": split.notes, "source": base.source, "precision": precision}
-        runs.write_json(run / "environment.json", record)
-
-    set_seed(config["seed"])
-    model = method.attach(base.model, tokenizer=base.tokenizer, num_steps=len(steps), train_rows=split.train)
     feeder = Feeder(
         packed=method.padding_free and packable(base.model),
         pad_id=base.tokenizer.pad_token_id,
-        loss_on=optim["loss_on"],
+        loss_on=config["optim"]["loss_on"],
         device=accelerator.device,
     )
-    _checkpoint_activations(base.model, config, method)
-    tracker = Tracker(run, config) if main else None
+    if accelerator.is_main_process:
+        hashes = {"data": split.data_hash, "templates": split.templates_hash, "weights": base.weights_hash}
+        record = {"source": base.source, "precision": precision, "padding_free": feeder.packed, "notes": split.notes}
+        runs.write_json(run / "environment.json", environment(**hashes) | record)
+    encoded = (_encode(part, base, config) for part in (split.train, split.valid))
+    return Job(run, config, accelerator, method, base, split, *encoded, feeder)
 
-    def validate(tuned: Any) -> float:
-        return mean_loss(tuned, valid_rows, feeder=feeder, accelerator=accelerator)
 
-    def record_step(line: dict[str, Any]) -> None:
-        line["peak_memory_gib"] = peak_memory_gib(accelerator.device)
-        if main and tracker:
-            runs.append_lines(run / "steps.jsonl", [line])
-            tracker.step(line)
-        history.append(line)
+def _attach(job: Job, *, num_steps: int) -> tuple[Any, dict[str, Any]]:
+    """The model to train, and its parameter counts."""
+    set_seed(job.config["seed"])
+    model = job.method.attach(
+        job.base.model, tokenizer=job.base.tokenizer, num_steps=num_steps, train_rows=job.split.train
+    )
+    _checkpoint_activations(job)
+    return model.to(job.accelerator.device), _count(model)
 
+
+def _tune(job: Job, model: Any, steps: Sequence[Sequence[int]], tracker: Tracker) -> tuple[Any, list[dict[str, Any]]]:
+    """Train, with a line of steps.jsonl for every step; the tuned model and those lines."""
     history: list[dict[str, Any]] = []
-    counts = _count(model)
-    model.to(accelerator.device)
-    if steps:
-        lr = settings.learning_rate(config)
-        loop = Loop(method, accelerator, feeder, train_rows, steps, optim, lr)
-        model = loop.run(model, validate=validate, record=record_step)
-        log.info("trained %d steps in %.1f s, loss %.3f", len(steps), history[-1]["seconds"], history[-1]["loss"])
-    if main:
-        method.save(model, run / "adapter")
 
-    started = time.perf_counter()
-    answers = _predict(model, train_rows, valid_rows, base, config, accelerator)
-    if not main:
-        return
-    predictions = [_line(row, *answers[n], tokenizer=base.tokenizer) for n, row in enumerate(split.valid)]
-    for line, scores in zip(predictions, score_rows(predictions), strict=True):
-        line["scores"] = scores
-    (run / "predictions.jsonl").unlink(missing_ok=True)
-    runs.append_lines(run / "predictions.jsonl", predictions)
-    now = time.perf_counter()
-    result = {
+    def record(line: dict[str, Any]) -> None:
+        line["peak_memory_gib"] = peak_memory_gib(job.accelerator.device)
+        history.append(line)
+        if job.main:
+            runs.append_lines(job.run / "steps.jsonl", [line])
+            tracker.step(line)
+
+    if steps:
+        lr = settings.learning_rate(job.config)
+        loop = Loop(job.method, job.accelerator, job.feeder, job.train_rows, steps, job.config["optim"], lr)
+        model = loop.run(model, validate=job.valid_loss, record=record)
+        log.info("trained %d steps in %.1f s, loss %.3f", len(steps), history[-1]["seconds"], history[-1]["loss"])
+    return model, history
+
+
+def _result(
+    job: Job, predictions: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], *, cost: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of scores.json, the losses excepted."""
+    last = history[-1] if history else {"seconds": 0.0, "num_tokens": 0}
+    files = (job.run / "adapter").glob("*.safetensors")
+    return {
         "version": 1,
         "scores": aggregate(predictions),
         "cost": {
-            **counts,
-            "peak_memory_gib": peak_memory_gib(accelerator.device),
-            "train_seconds": history[-1]["seconds"] if history else 0.0,
-            "predict_seconds": now - started,
-            "total_seconds": now - began,
-            "tokens_per_second": _tokens(train_rows, steps) / history[-1]["seconds"] if history else 0.0,
-            "adapter_mb": sum(f.stat().st_size for f in (run / "adapter").glob("*.safetensors")) / 1e6,
+            **cost,
+            "peak_memory_gib": peak_memory_gib(job.accelerator.device),
+            "train_seconds": last["seconds"],
+            "tokens_per_second": last["num_tokens"] / last["seconds"] if history else 0.0,
+            "adapter_mb": sum(file.stat().st_size for file in files) / 1e6,
         },
-        "loss": _losses(history) if history else {"valid": validate(model)},
-        "num_steps": len(steps),
-        "padding_free": feeder.packed,
-        "precision": precision,
+        "num_steps": len(history),
     }
-    assert tracker is not None
-    tracker.finish(result, predictions)
-    tracker.close(failed=False)
-    runs.write_json(run / "scores.json", result)
-    log.info("done in %.1f s", time.perf_counter() - began)
 
 
 def _accelerator(config: Mapping[str, Any]) -> tuple[Accelerator, str]:
@@ -149,21 +184,21 @@ def _encode(part: Sequence[rows.Row], base: Base, config: Mapping[str, Any]) -> 
     return encode_rows(part, base.tokenizer, **limits)
 
 
-def _plan(method: Method, num_rows: int, optim: Mapping[str, Any], *, seed: int) -> list[list[int]]:
-    if not method.trains:
-        return []
+def _plan(job: Job) -> list[list[int]]:
+    """Row numbers of every optimizer step."""
+    optim = job.config["optim"]
     sizes = {key: optim[key] for key in ("epochs", "batch_rows", "max_steps")}
-    return plan(num_rows, **sizes, seed=seed)
+    return plan(len(job.train_rows), **sizes, seed=job.config["seed"]) if job.method.trains else []
 
 
-def _checkpoint_activations(model: Any, config: Mapping[str, Any], method: Method) -> None:
+def _checkpoint_activations(job: Job) -> None:
     """Recompute activations in the backward pass, where that is asked for and the method allows it."""
-    if not config["model"]["checkpoint_activations"]:
+    if not job.config["model"]["checkpoint_activations"]:
         return
-    if method.checkpointable:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if job.method.checkpointable:
+        job.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
-        log.warning("%s cannot checkpoint activations: trained without", config["method"]["name"])
+        log.warning("%s cannot checkpoint activations: trained without", job.config["method"]["name"])
 
 
 def _count(model: Any) -> dict[str, Any]:
@@ -174,37 +209,37 @@ def _count(model: Any) -> dict[str, Any]:
     return {"trainable_parameters": trained, "total_parameters": total, "trainable_percent": 100 * trained / total}
 
 
-def _predict(
-    model: Any,
-    train_rows: Sequence[Example],
-    valid_rows: Sequence[Example],
-    base: Base,
-    config: Mapping[str, Any],
-    accelerator: Accelerator,
-) -> dict[int, tuple[list[int], str]]:
-    """New tokens and finish reason of every validation row; each process answers its share."""
-    options = config["evaluate"]
-    limit = options["max_new_tokens"] or evaluate.answer_limit(train_rows)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = range(rank, len(valid_rows), ranks)
-    prompts = [valid_rows[n].ids[: valid_rows[n].num_prompt] for n in mine]
-    found: list[tuple[int, tuple[list[int], str]]] = []
-    batches = evaluate.predict(
-        model,
-        prompts,
-        max_new_tokens=limit,
+def _answers(job: Job, model: Any) -> dict[int, evaluate.Answer]:
+    """The answer to every validation row, by its number; each process answers its share."""
+    options = job.config["evaluate"]
+    rank, ranks = job.accelerator.process_index, job.accelerator.num_processes
+    decoding = evaluate.Decoding(
+        max_new_tokens=options["max_new_tokens"] or evaluate.answer_limit(job.train_rows),
         batch_rows=options["batch_rows"],
-        ends=base.end_ids,
-        pad_id=base.tokenizer.pad_token_id,
+        end_ids=job.base.end_ids,
+        pad_id=job.base.tokenizer.pad_token_id,
         padding_side=options["padding_side"],
     )
-    for batch in batches:
-        found += [(mine[n], (ids, reason)) for n, ids, reason in batch]
+    mine = range(rank, len(job.valid_rows), ranks)
+    prompts = [job.valid_rows[n].ids[: job.valid_rows[n].num_prompt] for n in mine]
+    found: list[tuple[int, evaluate.Answer]] = []
+    for batch in evaluate.predict(model, prompts, decoding):
+        found += [(mine[answer.number], answer) for answer in batch]
         log.info("answered %d of %d rows", len(found), len(mine))
     return dict(gather_object(found) if ranks > 1 else found)
 
 
-def _line(row: rows.Row, ids: list[int], reason: str, *, tokenizer: Any) -> dict[str, Any]:
+def _predictions(job: Job, answers: Mapping[int, evaluate.Answer]) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl, written."""
+    lines = [_line(row, answers[n], tokenizer=job.base.tokenizer) for n, row in enumerate(job.split.valid)]
+    for line, scores in zip(lines, score_rows(lines), strict=True):
+        line["scores"] = scores
+    (job.run / "predictions.jsonl").unlink(missing_ok=True)
+    runs.append_lines(job.run / "predictions.jsonl", lines)
+    return lines
+
+
+def _line(row: rows.Row, answer: evaluate.Answer, *, tokenizer: Any) -> dict[str, Any]:
     """One line of predictions.jsonl, without its scores."""
     return {
         "id": row.id,
@@ -214,17 +249,15 @@ def _line(row: rows.Row, ids: list[int], reason: str, *, tokenizer: Any) -> dict
         "template": 0,
         "choices": list(row.choices) or None,
         "reference": row.target,
-        "prediction": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        "finish_reason": reason,
+        "prediction": tokenizer.decode(answer.ids, skip_special_tokens=True).strip(),
+        "finish_reason": answer.finish_reason,
     }
-
-
-def _tokens(examples: Sequence[Example], steps: Sequence[Sequence[int]]) -> int:
-    return sum(len(examples[row].ids) for step in steps for row in step)
 
 
 def _losses(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Training loss over the last twenty steps; validation loss at the end and at its best."""
+    if not history:
+        return {}
     last = [line["loss"] for line in history[-20:]]
     measured = [(line["valid_loss"], line["step"]) for line in history if "valid_loss" in line]
     found: dict[str, Any] = {"train": sum(last) / len(last)}

@@ -1,0 +1,41 @@
+# One word per thing a person does.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PATHS := finetune tests benchmarks
+
+.PHONY: help install grid report test check format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+install: $(STAMP) ## Make .venv and install the project with its tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,modelscope]'
+	touch $@
+
+grid: install ## Run the demo grid, then the report
+	$(BIN)/python -m finetune -m model=qwen,llama method=none,lora,qlora,prefix
+	$(BIN)/python -m finetune.report multirun
+
+report: install ## Turn the runs under multirun/ into tables
+	$(BIN)/python -m finetune.report multirun
+
+test: install ## Run the test suite
+	$(BIN)/python -m pytest -q
+
+check: install ## Lint, formatting, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+format: install ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the environment and the caches of tools; runs stay
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
