@@ -223,7 +223,9 @@ def _answers(job: Job, model: Any) -> dict[int, evaluate.Answer]:
     mine = range(rank, len(job.valid_rows), ranks)
     prompts = [job.valid_rows[n].ids[: job.valid_rows[n].num_prompt] for n in mine]
     found: list[tuple[int, evaluate.Answer]] = []
-    for batch in evaluate.predict(model, prompts, decoding):
+    virtual = job.method.virtual_embeddings(model)
+    generator = model if virtual is None else job.base.model
+    for batch in evaluate.predict(generator, prompts, decoding, virtual=virtual):
         found += [(mine[answer.number], answer) for answer in batch]
         log.info("answered %d of %d rows", len(found), len(mine))
     return dict(gather_object(found) if ranks > 1 else found)

@@ -38,6 +38,10 @@ class Method(ABC):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after optimizer step `step` (from 1), the gradients still there."""
 
+    def virtual_embeddings(self, model: Any) -> Tensor | None:
+        """(virtual tokens, hidden): what stands before each prompt; the base itself then generates."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What resuming needs and no state dict holds."""
         return {}

@@ -27,6 +27,11 @@ class Peft(Method):
         """Wrap the base; PEFT keeps the method's weights in float32."""
         return get_peft_model(model, self.config)
 
+    def virtual_embeddings(self, model: Any) -> Tensor | None:
+        """Prompt tuning's and P-tuning's; a prefix lives in the cache instead."""
+        inserted = self.config.is_prompt_learning and self.config.peft_type != PeftType.PREFIX_TUNING
+        return model.get_prompt(batch_size=1)[0] if inserted else None
+
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT reads it back."""
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from conftest import tiny_base
+from peft import get_peft_model
+
+from finetune.data.batches import pad
+from finetune.loop import summed_loss
+from finetune.methods.build import build
+from finetune.methods.method import trainable
+
+LORA = {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+ADALORA = {
+    "_target_": "finetune.methods.peft.AdaLora",
+    "task_type": "CAUSAL_LM",
+    "init_r": 6,
+    "target_r": 2,
+    "tinit": 0.1,
+    "tfinal": 0.3,
+    "deltaT": 1,
+    "orth_reg_weight": 0.5,
+    "target_modules": ["q_proj", "v_proj"],
+}
+
+
+def attached(adapter, *, num_steps=20):
+    method = build({"name": "m", "adapter": adapter})
+    torch.manual_seed(0)
+    return method, method.attach(tiny_base("qwen2"), tokenizer=None, num_steps=num_steps, train_rows=())
+
+
+def test_an_argument_that_peft_does_not_know_is_named():
+    with pytest.raises(ValueError, match=r"lora.*rank"):
+        build({"name": "lora", "adapter": {**LORA, "rank": 4}})
+
+
+def test_adalora_refuses_shares_that_leave_no_step():
+    with pytest.raises(ValueError, match="sum to less than 1"):
+        build({"name": "adalora", "adapter": {**ADALORA, "tinit": 0.8}})
+
+
+def test_adalora_penalty_is_what_peft_adds_to_its_own_loss(examples):
+    method, model = attached(ADALORA)
+    batch = pad(examples, pad_id=0)
+    labels = batch.ids.masked_fill(batch.mask == 0, -100)
+    theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
+    plain = model.base_model.model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
+    assert method.penalty(model).item() == pytest.approx((theirs - plain).item(), rel=1e-5)
+
+
+def test_adalora_ranks_reach_the_budget(examples):
+    method, model = attached(ADALORA)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model.train()
+    for step in range(1, 21):
+        (summed_loss(model, pad(examples, pad_id=0)) / 100 + method.penalty(model)).backward()
+        optimizer.step()
+        method.after_step(model, step)
+        optimizer.zero_grad()
+    ranks = [int((e != 0).sum()) for n, e in model.named_parameters() if "lora_E" in n]
+    assert sum(ranks) == 2 * len(ranks)
+
+
+def test_saved_weights_give_the_same_logits(tmp_path, examples):
+    method, model = attached(LORA)
+    for parameter in trainable(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    method.save(model, tmp_path)
+    again = build({"name": "m", "adapter": LORA}).load(tiny_base("qwen2"), tmp_path)
+    ids = pad(examples, pad_id=0).ids
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+def test_a_config_keeps_peft_types():
+    method, model = attached(LORA)
+    assert isinstance(model, type(get_peft_model(tiny_base("qwen2"), method.config)))
+    assert all(p.dtype == torch.float32 for p in trainable(model))

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from conftest import PACKED, tiny_base
+
+from finetune.data.batches import pack, pad
+from finetune.loop import summed_loss
+from finetune.models.attention import packable, packing
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_a_pack_has_the_loss_and_gradients_of_single_rows(architecture, checkpointing, examples):
+    model = tiny_base(architecture).train()
+    single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
+    single.backward()
+    expected = gradients(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with packing(model):
+        packed = summed_loss(model, pack(examples))
+        packed.backward()
+    assert packed.item() == pytest.approx(single.item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("architecture", [*PACKED, "bloom"])
+def test_padding_does_not_change_the_loss(architecture, examples):
+    model = tiny_base(architecture)
+    single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
+    assert summed_loss(model, pad(examples, pad_id=0)).item() == pytest.approx(single.item(), rel=1e-5)
+
+
+def test_bloom_cannot_be_packed():
+    assert not packable(tiny_base("bloom"))
+    assert packable(tiny_base("qwen2"))
+
+
+def test_attention_is_as_before_after_packing(examples):
+    model = tiny_base("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError), packing(model):
+        raise RuntimeError
+    assert model.config._attn_implementation == before

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_base
+
+from finetune.evaluate import Decoding, answer_limit, predict
+from finetune.methods.build import build
+
+METHODS = {
+    "none": {"_target_": "finetune.methods.none.Untouched"},
+    "lora": {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "target_modules": "all-linear"},
+    "prompt": {"_target_": "peft.PromptTuningConfig", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5},
+    "ptuning": {"_target_": "peft.PromptEncoderConfig", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5},
+    "prefix": {
+        "_target_": "peft.PrefixTuningConfig",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 5,
+        "prefix_projection": True,
+        "encoder_hidden_size": 8,
+    },
+}
+
+
+def answers(model, prompts, *, batch_rows, virtual=None):
+    decoding = Decoding(max_new_tokens=12, batch_rows=batch_rows, end_ids=[2], pad_id=0)
+    found = {
+        a.number: (a.ids, a.finish_reason)
+        for batch in predict(model, prompts, decoding, virtual=virtual)
+        for a in batch
+    }
+    return [found[n] for n in range(len(prompts))]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_do_not_depend_on_the_batch_size(architecture, method, examples):
+    built = build({"name": method, "adapter": METHODS[method]})
+    torch.manual_seed(0)
+    model = built.attach(tiny_base(architecture, seed=1), tokenizer=None, num_steps=1, train_rows=())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # so wide that attention is sharp and positions matter
+            torch.nn.init.normal_(parameter, std=0.4)
+    prompts = [e.ids for e in examples]
+    virtual = built.virtual_embeddings(model)
+    generator = model if virtual is None else model.base_model
+    alone, some, all_at_once = (answers(generator, prompts, batch_rows=n, virtual=virtual) for n in (1, 5, 64))
+    assert some == alone == all_at_once
+    for prompt, (ids, _) in list(zip(prompts, alone, strict=True))[
+        :3
+    ]:  # the model that was trained is the one that answers
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -len(ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == ids
+    if virtual is not None:  # a batch of one needs no padding, so PEFT's own generation is right there
+        assert answers(model, prompts[:3], batch_rows=1) == alone[:3]
+    assert len({tuple(ids) for ids, _ in alone}) > 3
+
+
+def test_an_answer_ends_before_its_end_token(examples):
+    model = tiny_base("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert answers(model, [[5, 6]], batch_rows=1) == [([0] * 12, "length")]
+    decoding = Decoding(max_new_tokens=12, batch_rows=1, end_ids=[0], pad_id=0)
+    [[answer]] = predict(model, [[5, 6]], decoding)
+    assert (answer.ids, answer.finish_reason) == ([], "stop")
+
+
+def test_no_answer_needs_more_tokens_than_the_longest_target(examples):
+    assert answer_limit(examples) == 20
