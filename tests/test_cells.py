@@ -1,0 +1,119 @@
+import itertools
+
+import pytest
+from hydra._internal.utils import get_args_parser
+
+from finetune import runs
+from finetune.cells import CONF, Invalid, cells
+from finetune.config import learning_rate
+
+CHOICES = {group: sorted(p.stem for p in (CONF / group).glob("*.yaml")) for group in ("model", "method", "task", "optim")}
+
+
+def compose(*words, root):
+    return cells(get_args_parser().parse_args(list(words)), root=root)
+
+
+def test_every_configuration_composes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    longest = max(map(len, CHOICES.values()))
+    for n in range(longest):  # every file of every group at least once; groups do not depend on each other
+        words = [f"{group}={names[n % len(names)]}" for group, names in CHOICES.items()]
+        for scale in ("tiny", "small", "full"):
+            [cell] = compose(*words, f"scale={scale}", "task.source.path=x.jsonl" if "task=jsonl" in words else "seed=1", root=tmp_path)
+            for group in CHOICES:
+                assert cell.config[group]["name"] == CHOICES[group][n % len(CHOICES[group])]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_is_a_grid(name, tmp_path):
+    found = compose(f"+experiment={name}", root=tmp_path)
+    assert len(found) > 1
+    assert {cell.config["study"] for cell in found} == {name}
+
+
+def test_the_original_experiment_is_what_it_says(tmp_path):
+    found = compose("+experiment=original", root=tmp_path)
+    grid = {(c.config["model"]["name"], c.config["method"]["name"]) for c in found}
+    methods = ("qlora", "lora_qkv", "prefix", "prompt", "ptuning")
+    assert grid == set(itertools.product(("qwen", "llama", "chatglm"), methods))
+    for config in (cell.config for cell in found):
+        assert config["task"]["name"] == "promptcblue_three"
+        assert config["task"]["max_prompt_tokens"] == 2048
+        assert (config["model"]["precision"], config["model"]["rope_scaling"]) == ("float16", "linear")
+        assert (config["optim"]["epochs"], config["optim"]["accumulation"], config["optim"]["schedule"]) == (10, 4, "cosine")
+        assert learning_rate(config) == 1e-3
+
+
+def test_the_command_line_wins_over_an_experiment(tmp_path):
+    words = ("+experiment=original", "scale=tiny", "task=clinic", "optim.epochs=1", "method=lora", "optim.lr=0.5")
+    found = compose(*words, root=tmp_path)
+    assert {c.config["model"]["name"] for c in found} == {"qwen", "llama", "chatglm"}
+    for config in (cell.config for cell in found):
+        assert (config["task"]["name"], config["optim"]["epochs"], config["method"]["name"]) == ("clinic", 1, "lora")
+        assert learning_rate(config) == 0.5
+
+
+def test_a_learning_rate_belongs_to_the_method(tmp_path):
+    found = compose("-m", "method=lora,prompt", root=tmp_path)
+    assert [learning_rate(c.config) for c in found] == [c.config["method"]["lr"]["tiny"] for c in found]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("method=loar", r"did you mean lora\?"),
+        ("optim.epochz=3", r"did you mean epochs\?"),
+        ("+optim.epoch=3", r"optim.epoch: no such key; did you mean epochs\?"),
+        ("+typo=1", "typo: no such key"),
+        ("optim.epochs=-1", "optim.epochs=-1: .*greater than 0"),
+        ("optim.batch_rows=eight", "optim.batch_rows.*integer"),
+        ("optim.batch_rows=12 launch.num_processes=8", "try optim.batch_rows=16"),
+        ("task=jsonl", r"task.source.path=\?\?\?"),
+        ("task=jsonl task.source.path=${nowhere}", "nowhere"),
+        ("optim.schedule=cosin", "'cosine', 'linear' or 'constant'"),
+        ("method.adapter._target_=os.system", "not allowed"),
+        ("optim.optimizer._target_=builtins.eval", "not allowed"),
+        ("model.precision=fp8", "float32"),
+        ("study=../../x", "study"),
+        ("seed=-1", "seed"),
+        ("model=qwen,llama", "add -m"),
+        ("+wandb.api_key=canary", "never written"),
+        ("method=full method.quantize=nf4", "method.quantize"),
+    ],
+)
+def test_what_is_invalid_is_explained(word, said, tmp_path):
+    with pytest.raises(Invalid, match=said):
+        compose(*word.split(), root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_problems_are_listed_together(tmp_path):
+    with pytest.raises(Invalid) as error:
+        compose("-m", "method=lora,loar", "optim.epochs=1,-1", "+typo=1", root=tmp_path)
+    assert all(word in str(error.value) for word in ("loar", "optim.epochs=-1", "typo"))
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path):
+    [cell] = compose(root=tmp_path)
+    old = {**cell.config, "optim": {**cell.config["optim"], "batch_rows": 4}}
+    with runs.owned(cell.folder, old):
+        pass
+    with pytest.raises(Invalid, match=r"optim.batch_rows: 4 -> 8"):
+        compose(root=tmp_path)
+
+
+def test_launch_and_tracking_are_no_part_of_the_identity(tmp_path):
+    [cell] = compose(root=tmp_path)
+    with runs.owned(cell.folder, cell.config):
+        pass
+    [same] = compose("launch.device=cpu", "wandb.mode=disabled", root=tmp_path)
+    assert same.folder == cell.folder
+
+
+def test_a_configuration_folder_of_ones_own(tmp_path):
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults:\n  - lora\n  - _self_\nname: mine\nadapter:\n  r: 3\n")
+    [cell] = compose("--config-dir", str(tmp_path / "conf"), "method=mine", root=tmp_path)
+    assert cell.config["method"]["adapter"]["r"] == 3
+    assert cell.name == "clinic/qwen/mine/seed1"
