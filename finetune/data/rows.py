@@ -45,7 +45,7 @@ def load(task: Mapping[str, Any]) -> Split:
     Notes: rows `read`, `skipped` as empty, `train`, `valid`, `leaks` (validation prompts, with their history, that
     occur in training), `dropped` of these, `duplicates` (prompt, history and target occurred before).
     """
-    refuse_all(templates.problems(task["fields"]))
+    refuse_all(templates.problems(task["fields"] or {}))
     files = _files(task["source"])
     items = [sources.read(file) for file in files]
     rows = [_rows(some, task=task, file=file) for some, file in zip(items, files, strict=True)]
@@ -81,6 +81,8 @@ def _sides(rows: list[list[Row]], *, task: Mapping[str, Any]) -> tuple[Sequence[
     num_train, num_valid = task.get("train_rows"), task.get("valid_rows")
     if "path" not in task["source"]:
         # A generator makes as many rows, of all its tasks, as it was asked for: the sides are its, `only` comes after.
+        if task.get("valid_fraction") is not None:
+            refuse("task.valid_fraction is for files: generated rows come with their sides; use task.valid_rows")
         train, valid = split.by_order(len(first), train_rows=num_train, valid_rows=num_valid)
         return _only([first[i] for i in train], only), _only([first[i] for i in valid], only)
     kept = [_only(some, only) for some in rows]

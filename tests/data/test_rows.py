@@ -202,6 +202,8 @@ def test_a_key_that_no_row_has_is_one_problem_of_the_file(write):
 def test_wrong_fields_are_refused_before_the_file_is_opened():
     with pytest.raises(ValueError, match=r"^2 problems:\ntask\.fields.promt is not a field"):
         rows.load(task("nowhere", fields={"promt": "x", "target": "{a!r}"}))
+    with pytest.raises(ValueError, match=r"task\.fields\.target is not set"):
+        rows.load({**task("nowhere"), "fields": None})
 
 
 def test_empty_rows_are_left_out_and_counted_when_asked(write):
@@ -237,6 +239,8 @@ def test_a_generator_fixes_the_sides_and_only_chooses_among_them(generator):
     assert (prompts(some.train), prompts(some.valid)) == (["问1", "问3", "问5"], ["问101", "问103"])
     with pytest.raises(ValueError, match=r"task\.source\.train_rows is null"):
         rows.load({**configuration, "source": {**source, "train_rows": None}})
+    with pytest.raises(ValueError, match=r"task\.valid_fraction is for files"):
+        rows.load({**configuration, "valid_fraction": 0.1})
 
 
 # The committed tasks.
