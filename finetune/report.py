@@ -1,0 +1,88 @@
+"""`python -m finetune.report multirun`: run folders -> report.md, report.csv beside the runs, and a table to look at.
+
+It reads folders and nothing else, and never imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from finetune.reporting.cells import to_cells
+from finetune.reporting.pages import summary, write_pages
+from finetune.reporting.read import LeftOut, Run, read_all
+from finetune.reporting.tables import reasons_tables, study_tables
+from finetune.reporting.terminal import print_table
+from finetune.reporting.text import one_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.report", description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path, help="the folder of the runs, or one below it")
+    parser.add_argument("--study", help="only this study")
+    chosen = parser.parse_args(arguments)
+    try:
+        return report(chosen.root, study=chosen.study, console=Console(highlight=False))
+    except BrokenPipeError:  # `... | head`
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def report(root: Path, *, study: str | None, console: Console) -> int:
+    """Write and print the report of every study below the root (or of one). Raises ValueError for a wrong request."""
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; runs are written to multirun")
+    runs, left_out = read_all(root)
+    if not runs and not left_out:
+        console.print(Text(f"no runs yet: {root} holds no folder with a config.yaml"))
+        return 0
+    studies = by_study(runs, left_out=left_out, root=root)
+    if study is not None and study not in [folder.name for folder in studies]:
+        names = ", ".join(sorted(folder.name for folder in studies))
+        raise ValueError(f"no study {study!r} in {root}; there are: {names}")
+    for folder, (own_runs, own_left_out) in studies.items():
+        if study in (None, folder.name):
+            _report_study(folder, runs=own_runs, left_out=own_left_out, console=console)
+    return 0
+
+
+def by_study(
+    runs: Sequence[Run], *, left_out: Sequence[LeftOut], root: Path
+) -> dict[Path, tuple[list[Run], list[LeftOut]]]:
+    """The runs and unreadable folders of each study's folder, which is where its report goes."""
+    studies: dict[Path, tuple[list[Run], list[LeftOut]]] = defaultdict(lambda: ([], []))
+    for run in runs:
+        studies[study_folder(run.folder, root=root)][0].append(run)
+    for item in left_out:
+        studies[study_folder(item.folder, root=root)][1].append(item)
+    return dict(sorted(studies.items()))
+
+
+def study_folder(folder: Path, *, root: Path) -> Path:
+    """The folder four levels above a run's (<study>/<task>/<model>/<method>/seed<k>), but never one above the root."""
+    above = list(folder.parents)
+    return above[3] if len(above) > 3 and above[3].is_relative_to(root) else root
+
+
+def _report_study(folder: Path, *, runs: Sequence[Run], left_out: Sequence[LeftOut], console: Console) -> None:
+    cells = to_cells(runs)
+    tables = [*study_tables(cells), *reasons_tables(cells)]
+    for table in tables:
+        print_table(table, console=console)
+    for item in left_out:
+        console.print(Text(one_line(f"left out: {item.folder}: {item.reason}")), soft_wrap=True)
+    pages = write_pages(folder, tables=tables, runs=runs, left_out=left_out)
+    console.print(Text(f"{summary(runs, left_out=left_out)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

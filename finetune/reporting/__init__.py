@@ -1,0 +1,1 @@
+"""Run folders -> tables, figures and pages. Nothing here imports torch."""

@@ -1,0 +1,52 @@
+"""Run folders as the architecture describes them, written by hand."""
+
+import json
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def multirun(tmp_path):
+    folder = tmp_path / "multirun"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def make_run(multirun):
+    """`make_run(method="lora", rouge=60.0)` writes a done run; `state=` another one; returns its folder."""
+
+    def make(*, study="main", task="clinic", model="qwen", method="lora", seed=1, state="done", **details):
+        folder = multirun / study / task / model / method / f"seed{seed}"
+        folder.mkdir(parents=True)
+        names = {
+            group: {"name": part.split("+")[0]}
+            for group, part in (("task", task), ("model", model), ("method", method))
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump({"study": study, "seed": seed, **names}), encoding="utf-8")
+        hashes = {"data": "d" * 64, "weights": details.get("weights", "w" * 64), "templates": "t" * 64}
+        (folder / "environment.json").write_text(json.dumps({"commit": "c", "hashes": hashes}))
+        for name, content in MARKS[state](details).items():
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return make
+
+
+MARKS = {
+    "done": lambda details: {"scores.json": scores(**details)},
+    "failed": lambda details: {"failure.json": {"kind": "error", "message": details.get("reason", ""), "log": []}},
+    "unsupported": lambda details: {"unsupported.json": {"reason": details.get("reason", "")}},
+    "running": lambda details: {"owner.json": {"host": "node7", "pid": 12, "started": 0, "heartbeat": 0}},
+    "unfinished": lambda details: {},
+}
+
+
+def scores(*, rouge=50.0, trainable=1_234_567, seconds=30.0, tasks=("NER", "REPORT"), **_):
+    row = {f"rouge-{kind}{suffix}": rouge for kind in "12l" for suffix in ("", "-multiset")}
+    row |= {"exact": 10.0, "empty": 0.0, "never_stopped": 5.0, "looping": 2.5, "num_rows": 100}
+    cost = {"trainable_parameters": trainable, "total_parameters": 10_000_000, "trainable_percent": trainable / 1e5,
+            "peak_memory_gib": None, "train_seconds": seconds, "tokens_per_second": 1e4 / seconds, "adapter_mb": 4.9}  # fmt: skip
+    shown = {"mean": row | {"num_rows": 100 * len(tasks)}, "tasks": dict.fromkeys(tasks, row)}
+    return {"version": 1, "scores": shown, "cost": cost, "loss": {"train": 1.0, "valid": 1.1}, "num_steps": 40}

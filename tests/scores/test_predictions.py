@@ -1,0 +1,54 @@
+import json
+
+import pytest
+
+from finetune.scores import aggregate, score_rows
+from finetune.scores.predictions import mean_rouge
+
+NAMES = {
+    *(f"rouge-{kind}{suffix}" for kind in "12l" for suffix in ("", "-multiset")),
+    *("exact", "empty", "never_stopped", "looping"),
+}
+
+
+def row(prediction, reference="患者发热", *, task="CLINIC-NER", finish_reason="stop"):
+    return {"task": task, "prediction": prediction, "reference": reference, "finish_reason": finish_reason}
+
+
+def test_every_row_has_every_score():
+    first, second = score_rows([row("患者发热"), row("", finish_reason="length")])
+    assert first.keys() == second.keys() == NAMES
+    assert first["rouge-l"] == first["exact"] == 100
+    assert (second["rouge-1"], second["empty"], second["never_stopped"]) == (0, 100, 100)
+
+
+def test_a_half_empty_file_scores_half():
+    scores = aggregate([row("患者发热"), row("")])["mean"]
+    assert (scores["rouge-1"], scores["exact"], scores["empty"]) == (50, 50, 50)
+
+
+def test_the_mean_is_over_tasks_not_rows():
+    rows = [row("患者发热")] + [row("", task="CLINIC-REPORT")] * 3
+    scores = aggregate(rows)
+    assert scores["mean"]["rouge-1"] == 50
+    assert scores["mean"]["num_rows"] == 4
+    assert {task: scores["tasks"][task]["num_rows"] for task in scores["tasks"]} == {
+        "CLINIC-NER": 1,
+        "CLINIC-REPORT": 3,
+    }
+    assert scores["tasks"]["CLINIC-NER"].keys() == scores["mean"].keys() == NAMES | {"num_rows"}
+
+
+def test_row_scores_are_used_and_json_keeps_them():
+    rows = [row("患者发热"), row("咳嗽", "咳嗽两天")]
+    scored = [one | {"scores": scores} for one, scores in zip(rows, score_rows(rows), strict=True)]
+    assert aggregate(json.loads(json.dumps(scored))) == aggregate(rows)
+
+
+def test_no_rows():
+    assert aggregate([]) == {"mean": {"num_rows": 0}, "tasks": {}}
+
+
+def test_mean_rouge_wants_pairs():
+    with pytest.raises(ValueError, match="zip"):
+        mean_rouge(["是"], references=[])
