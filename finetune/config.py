@@ -95,7 +95,7 @@ class Fields(Section):
     id: str | None = None
     task: str
     kind: str
-    prompt: str | list[str]
+    prompt: str
     target: str
     choices: str | None = None
     history: str | None = None
@@ -112,6 +112,7 @@ class Task(Section):
     train_rows: Count | None
     valid_rows: Count | None
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] | None
+    skip_empty: bool
     drop_leaks: bool
     max_prompt_tokens: Annotated[int, Field(ge=8)]
     max_target_tokens: Annotated[int, Field(ge=2)]

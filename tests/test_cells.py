@@ -7,7 +7,9 @@ from finetune import runs
 from finetune.cells import CONF, Invalid, cells
 from finetune.config import learning_rate
 
-CHOICES = {group: sorted(p.stem for p in (CONF / group).glob("*.yaml")) for group in ("model", "method", "task", "optim")}
+CHOICES = {
+    group: sorted(p.stem for p in (CONF / group).glob("*.yaml")) for group in ("model", "method", "task", "optim")
+}
 
 
 def compose(*words, root):
@@ -20,7 +22,12 @@ def test_every_configuration_composes(tmp_path, monkeypatch):
     for n in range(longest):  # every file of every group at least once; groups do not depend on each other
         words = [f"{group}={names[n % len(names)]}" for group, names in CHOICES.items()]
         for scale in ("tiny", "small", "full"):
-            [cell] = compose(*words, f"scale={scale}", "task.source.path=x.jsonl" if "task=jsonl" in words else "seed=1", root=tmp_path)
+            [cell] = compose(
+                *words,
+                f"scale={scale}",
+                "task.source.path=x.jsonl" if "task=jsonl" in words else "seed=1",
+                root=tmp_path,
+            )
             for group in CHOICES:
                 assert cell.config[group]["name"] == CHOICES[group][n % len(CHOICES[group])]
 
@@ -41,7 +48,11 @@ def test_the_original_experiment_is_what_it_says(tmp_path):
         assert config["task"]["name"] == "promptcblue_three"
         assert config["task"]["max_prompt_tokens"] == 2048
         assert (config["model"]["precision"], config["model"]["rope_scaling"]) == ("float16", "linear")
-        assert (config["optim"]["epochs"], config["optim"]["accumulation"], config["optim"]["schedule"]) == (10, 4, "cosine")
+        assert (config["optim"]["epochs"], config["optim"]["accumulation"], config["optim"]["schedule"]) == (
+            10,
+            4,
+            "cosine",
+        )
         assert learning_rate(config) == 1e-3
 
 
@@ -113,7 +124,9 @@ def test_launch_and_tracking_are_no_part_of_the_identity(tmp_path):
 
 def test_a_configuration_folder_of_ones_own(tmp_path):
     (tmp_path / "conf" / "method").mkdir(parents=True)
-    (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults:\n  - lora\n  - _self_\nname: mine\nadapter:\n  r: 3\n")
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text(
+        "defaults:\n  - lora\n  - _self_\nname: mine\nadapter:\n  r: 3\n"
+    )
     [cell] = compose("--config-dir", str(tmp_path / "conf"), "method=mine", root=tmp_path)
     assert cell.config["method"]["adapter"]["r"] == 3
     assert cell.name == "clinic/qwen/mine/seed1"
