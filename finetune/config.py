@@ -48,6 +48,12 @@ class Open(BaseModel):
     target: Target = Field(alias="_target_")
 
 
+class Package(Section):
+    """Weights that an installed Python package holds."""
+
+    package: Word
+
+
 class Weights(Section):
     """Where the weights of one scale are: a hub id and its revision for each hub."""
 
@@ -63,11 +69,11 @@ class Model(Section):
     name: Word
     architecture: str
     miniature: str | None
-    package: str | None = None
-    weights: dict[Scale, Literal["miniature", "package"] | Weights]
+    weights: dict[Scale, Literal["miniature"] | Package | Weights]
     path: str | None
     hub: Literal["huggingface", "modelscope"]
     trust_remote_code: bool
+    template: Literal["plain"] | None
     attention: list[str]
     qkv: list[str]
     linear: list[str]
