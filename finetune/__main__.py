@@ -10,7 +10,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Terminated(BaseException):
 def main() -> None:
     """The command line; `--help`, `--cfg job` and the other questions are answered by Hydra."""
     args = get_args_parser().parse_args()
-    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.version:
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _ask_hydra()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -53,13 +52,13 @@ def sweep(todo: list[Cell]) -> int:
     open_cells = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
     if open_cells:
         _preflight(open_cells)
-    outcomes: dict[Cell, str] = {}
+    outcomes: list[str] = []
     with Progress(num_cells=len(todo)) as progress:
         for cell in todo:
-            outcomes[cell] = _run(cell, progress)
-            progress.advance(cell.name, outcomes[cell])
-    summary([(cell.name, cell.folder, outcome) for cell, outcome in outcomes.items()])
-    return 1 if Counter(outcomes.values())["failed"] else 0
+            outcomes.append(_run(cell, progress))
+            progress.advance(cell.name, outcomes[-1])
+    summary([(cell.name, cell.folder, outcome) for cell, outcome in zip(todo, outcomes, strict=True)])
+    return 1 if "failed" in outcomes else 0
 
 
 def _run(cell: Cell, progress: Progress) -> str:

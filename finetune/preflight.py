@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from finetune.data import rows
-from finetune.methods import method
+from finetune.methods.build import build
 
 
 def main() -> None:
@@ -19,31 +19,20 @@ def main() -> None:
     found: dict[str, None] = {}
     seen: set[str] = set()
     for part in json.load(sys.stdin):
-        for check, what in ((_data, part["task"]), (_adapter, part["method"])):
-            key = json.dumps([check.__name__, what], sort_keys=True)
+        for check, what in ((rows.load, part["task"]), (build, part["method"])):
+            key = json.dumps([check.__qualname__, what], sort_keys=True)
             if key not in seen:
                 seen.add(key)
                 found.update(dict.fromkeys(_problems(check, what)))
     json.dump(list(found), sys.stdout)
 
 
-def _problems(check: Callable[[Mapping[str, Any]], None], what: Mapping[str, Any]) -> list[str]:
+def _problems(check: Callable[[Mapping[str, Any]], object], what: Mapping[str, Any]) -> list[str]:
     try:
         check(what)
     except (ValueError, TypeError, OSError) as error:
         return str(error).splitlines()
     return []
-
-
-def _data(task: Mapping[str, Any]) -> None:
-    rows.load(task)
-
-
-def _adapter(config: Mapping[str, Any]) -> None:
-    try:
-        method.build(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"method.adapter of {config['name']}: {error}") from None
 
 
 if __name__ == "__main__":

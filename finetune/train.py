@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
@@ -287,6 +288,7 @@ def main() -> None:
     run = Path(sys.argv[1])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     try:
         train(run)
     except Exception as error:
