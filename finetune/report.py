@@ -80,7 +80,7 @@ def _report_study(folder: Path, *, runs: Sequence[Run], left_out: Sequence[LeftO
         print_table(table, console=console)
     for item in left_out:
         console.print(Text(one_line(f"left out: {item.folder}: {item.reason}")), soft_wrap=True)
-    pages = write_pages(folder, tables=tables, runs=runs, left_out=left_out)
+    pages = write_pages(folder, tables=tables, found=runs, left_out=left_out)
     console.print(Text(f"{summary(runs, left_out=left_out)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import runs
 from finetune.reporting.read import LeftOut, Run
 from finetune.reporting.tables import Entry, Table
 from finetune.reporting.text import markdown, markdown_path, spreadsheet
@@ -21,30 +22,21 @@ base that trains nothing does not compete. Numbers link to the runs they come fr
 
 
 def write_pages(
-    folder: Path, *, tables: Sequence[Table], runs: Sequence[Run], left_out: Sequence[LeftOut]
+    folder: Path, *, tables: Sequence[Table], found: Sequence[Run], left_out: Sequence[LeftOut]
 ) -> list[Path]:
     """Write report.md and report.csv into the folder, each by rename; returns their paths."""
     pages = {
-        "report.md": markdown_page(tables, runs=runs, left_out=left_out, folder=folder),
-        "report.csv": csv_page(runs, folder=folder),
+        "report.md": markdown_page(tables, found=found, left_out=left_out, folder=folder),
+        "report.csv": "\ufeff" + csv_page(found, folder=folder),  # the mark makes spreadsheets read Chinese
     }
-    return [_replace(folder / name, text) for name, text in pages.items()]
+    for name, page in pages.items():
+        runs.write_text(folder / name, page)
+    return [folder / name for name in pages]
 
 
-def _replace(path: Path, text: str) -> Path:
-    """A reader sees the old page or the new one; the byte order mark makes spreadsheets read Chinese."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
-
-
-def markdown_page(tables: Sequence[Table], *, runs: Sequence[Run], left_out: Sequence[LeftOut], folder: Path) -> str:
+def markdown_page(tables: Sequence[Table], *, found: Sequence[Run], left_out: Sequence[LeftOut], folder: Path) -> str:
     """The whole report of a study; links are relative to its folder."""
-    parts = [f"# {markdown(runs[0].study) if runs else 'Report'}", summary(runs, left_out=left_out), NOTES]
+    parts = [f"# {markdown(found[0].study) if found else 'Report'}", summary(found, left_out=left_out), NOTES]
     for table in tables:
         parts += [f"## {markdown(table.title)}", markdown_table(table, folder=folder)]
     if left_out:
@@ -54,12 +46,12 @@ def markdown_page(tables: Sequence[Table], *, runs: Sequence[Run], left_out: Seq
     return "\n\n".join(parts) + "\n"
 
 
-def summary(runs: Sequence[Run], *, left_out: Sequence[LeftOut]) -> str:
+def summary(found: Sequence[Run], *, left_out: Sequence[LeftOut]) -> str:
     """`12 runs: 9 done, 2 failed, 1 unsupported; 1 folder left out`."""
     states = ("done", "running", "unfinished", "failed", "unsupported")
-    counts = {state: sum(run.state == state for run in runs) for state in states}
+    counts = {state: sum(run.state == state for run in found) for state in states}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return f"{_plural(len(runs), 'run')}: {told}" + (
+    return f"{_plural(len(found), 'run')}: {told}" + (
         f"; {_plural(len(left_out), 'folder')} left out" if left_out else ""
     )
 
@@ -90,9 +82,9 @@ def _below(target: Path, folder: Path) -> str:
     return Path(os.path.relpath(target, folder)).as_posix()
 
 
-def csv_page(runs: Sequence[Run], *, folder: Path) -> str:
+def csv_page(found: Sequence[Run], *, folder: Path) -> str:
     """One line per run and kind of rows (`part`), every number that the run has, unrounded."""
-    lines = [line for run in runs for line in _csv_lines(run, folder)]
+    lines = [line for run in found for line in _csv_lines(run, folder)]
     names = list(dict.fromkeys(name for line in lines for name in line))
     page = io.StringIO()
     writer = csv.DictWriter(page, names, lineterminator="\n")

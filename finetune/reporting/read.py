@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from finetune import runs
+
 Numbers = Mapping[str, float]
 
 
@@ -45,30 +47,30 @@ class LeftOut:
 
 def read_all(root: Path) -> tuple[list[Run], list[LeftOut]]:
     """Read every run below the root, in order of their paths."""
-    runs, left_out = [], []
+    found, left_out = [], []
     for folder in find(root):
         try:
-            runs.append(read(folder))
-        except (OSError, ValueError, RecursionError) as error:
-            left_out.append(LeftOut(folder, str(error)))
-    return runs, left_out
+            found.append(read(folder))
+        except Exception as error:  # whatever is wrong with one folder, the others have a report
+            kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+            left_out.append(LeftOut(folder, f"{kind}{error}"))
+    return found, left_out
 
 
 def find(root: Path) -> list[Path]:
-    """Folders at or below the root that hold a `config.yaml`, sorted; links are not followed."""
-    return sorted(Path(folder) for folder, _, files in os.walk(root) if "config.yaml" in files)
-
-
-def find_state(folder: Path) -> str:
-    """Which files exist is the state."""
-    marks = {"scores": "done", "unsupported": "unsupported", "owner": "running", "failure": "failed"}
-    return next((state for mark, state in marks.items() if (folder / f"{mark}.json").exists()), "unfinished")
+    """Run folders at or below the root, also of a part of a study and of runs made by hand; links are not followed."""
+    found = []
+    for folder, below, files in os.walk(root):
+        if "config.yaml" in files:
+            found.append(Path(folder))
+            below.clear()  # W&B keeps a config.yaml of its own inside
+    return sorted(found)
 
 
 def read(folder: Path) -> Run:
     """Read one run. Raises ValueError or OSError, naming the file, when the folder does not hold what it claims."""
     config = _yaml(folder / "config.yaml")
-    state = find_state(folder)
+    state = runs.state(folder)
     weights, data = _hashes(folder)
     outcome = _outcome(folder) if state == "done" else {"reason": _reason(folder, state)}
     study = config.get("study")

@@ -85,3 +85,18 @@ def test_a_run_made_by_hand_has_its_names_from_the_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text("{task: {name: clinic}, model: {name: qwen}, method: {name: lora}, seed: 3}")
     run = read(tmp_path)
     assert (run.task, run.model, run.method, run.seed, run.state) == ("clinic", "qwen", "lora", "3", "unfinished")
+
+
+def test_the_configuration_that_wandb_keeps_inside_a_run_is_no_run(make_run, multirun):
+    inside = make_run() / "wandb" / "offline-run-1" / "files"
+    inside.mkdir(parents=True)
+    (inside / "config.yaml").write_text("{}")
+    runs, left_out = read_all(multirun)
+    assert (len(runs), left_out) == (1, [])
+
+
+def test_an_owner_that_is_no_mapping_costs_only_its_folder(make_run, multirun):
+    make_run(method="lora")
+    (make_run(method="prefix", state="running") / "owner.json").write_text("[]")
+    runs, left_out = read_all(multirun)
+    assert len(runs) + len(left_out) == 2
