@@ -42,7 +42,7 @@ def load(folder: Path, *, eos_tokens: Sequence[str], template: str | None = None
     """
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
+    tokenizer = _class(folder).from_pretrained(folder, trust_remote_code=code, local_files_only=True)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: this project needs a tokenizer.json (a fast tokenizer)")
     if template == "plain":
@@ -57,6 +57,16 @@ def load(folder: Path, *, eos_tokens: Sequence[str], template: str | None = None
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def _class(folder: Path) -> Any:
+    """A tokenizer that says it is a plain `tokenizers` file is one: its base's own class would add tokens to it."""
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.exists() else None
+    plain = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
 
 
 def end_ids(tokenizer: Any, *, folder: Path, eos_tokens: Iterable[str]) -> list[int]:
