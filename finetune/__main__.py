@@ -30,7 +30,7 @@ class Terminated(BaseException):
 
 def main() -> None:
     """The command line; `--help`, `--cfg job` and the other questions are answered by Hydra."""
-    args = get_args_parser().parse_args()
+    args = get_args_parser().parse_intermixed_args()
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _ask_hydra()
     signal.signal(signal.SIGTERM, _terminate)

@@ -63,7 +63,7 @@ class Tracker:
         columns = ["id", "task", "prompt", "reference", "prediction", "finish_reason"]
         rows = [[line[column] for column in columns] for line in predictions[:TABLE_ROWS]]
         self.run.log({"predictions": wandb.Table(columns=columns, data=rows)})
-        self.run.finish(quiet=True)
+        self.run.finish()
 
     def _try(self, action: Any, *arguments: Any) -> None:
         if self.run is None and action != self._start:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from finetune.environment import environment, peak_memory_gib, pick_device, usab
 from finetune.loop import Feeder, Loop, mean_loss
 from finetune.methods.build import build
 from finetune.methods.method import Method
-from finetune.models.attention import packable
+from finetune.models.attention import packs
 from finetune.models.load import Base, load
 from finetune.models.tokenizer import Example, encode_rows
 from finetune.scores import aggregate, score_rows
@@ -95,7 +96,7 @@ def _load(run: Path, config: Mapping[str, Any]) -> Job:
     method = build(config["method"])
     base = _base(config, accelerator.device, precision=precision if method.leaves_base_intact else "float32")
     feeder = Feeder(
-        packed=method.padding_free and packable(base.model),
+        packed=method.padding_free and "packing" in config["model"]["has"] and packs(accelerator.device),
         pad_id=base.tokenizer.pad_token_id,
         loss_on=config["optim"]["loss_on"],
         device=accelerator.device,
@@ -289,6 +290,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # libraries' deprecations; what a person must know is logged
     try:
         train(run)
     except Exception as error:

@@ -8,7 +8,6 @@ from conftest import tiny_base
 from finetune.data.batches import plan
 from finetune.loop import Feeder, Loop, mean_loss, schedule_factor
 from finetune.methods.build import build
-from finetune.models.attention import packable
 
 OPTIM = {
     "optimizer": {"_target_": "torch.optim.AdamW", "weight_decay": 0.0},
@@ -23,15 +22,13 @@ OPTIM = {
 LORA = {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
 
 
-def train(examples, *, architecture="qwen2", packed=None, adapter=LORA, lr=1e-2, **changes):
+def train(examples, *, architecture="qwen2", packed=True, adapter=LORA, lr=1e-2, **changes):
     """Losses of nine steps."""
     optim = OPTIM | changes
     accelerator = Accelerator(cpu=True)
     method = build({"name": "m", "adapter": adapter})
     torch.manual_seed(0)
     model = method.attach(tiny_base(architecture), tokenizer=None, num_steps=9, train_rows=())
-    if packed is None:
-        packed = packable(model.base_model.model)
     feeder = Feeder(packed=packed, pad_id=0, loss_on=optim["loss_on"], device=accelerator.device)
     steps = plan(len(examples), epochs=3, batch_rows=optim["batch_rows"], max_steps=None, seed=1)
     loop = Loop(method, accelerator, feeder, examples, steps, optim, lr)

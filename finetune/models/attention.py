@@ -23,13 +23,11 @@ except ImportError:  # torch < 2.10
     varlen_attn = None
 
 NAME = "packed"
-PACKABLE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
 
 
-def packable(model: nn.Module) -> bool:
-    """Can rows of this base be packed? BLOOM ignores position ids and has attention of its own."""
-    cuda = next(model.parameters()).is_cuda
-    return type(model).__name__ in PACKABLE and (not cuda or torch.cuda.get_device_capability() >= (8, 0))
+def packs(device: torch.device) -> bool:
+    """Can rows be packed on this device? On a GPU, attention by row bounds needs compute capability 8.0."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextlib.contextmanager
@@ -47,6 +45,7 @@ def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Causal attention within rows: query (1, heads, tokens, size) -> (1, tokens, heads, size); no dropout."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave autocast's precision
     bounds, scale = options["cu_seq_lens_q"], options.get("scaling")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, size)

@@ -147,6 +147,7 @@ def _prepare(network: Any, tokenizer: Any, *, end_ids: list[int], source: Source
         message = f"{source.name}: its tokenizer has {len(tokenizer)} tokens, its embeddings only {num_embeddings}"
         raise ValueError(message)
     network.config.pad_token_id = tokenizer.pad_token_id
+    network.name_or_path = source.name  # an adapter's file names its base, not a folder of this machine
     # What comes with the weights may sample and punish repetition (Qwen2.5: 1.1), also when asked for greedy decoding.
     network.generation_config = transformers.GenerationConfig(
         eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id

@@ -4,7 +4,7 @@ from conftest import PACKED, tiny_base
 
 from finetune.data.batches import pack, pad
 from finetune.loop import summed_loss
-from finetune.models.attention import packable, packing
+from finetune.models.attention import packing
 
 
 def gradients(model):
@@ -35,11 +35,6 @@ def test_padding_does_not_change_the_loss(architecture, examples):
     model = tiny_base(architecture)
     single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
     assert summed_loss(model, pad(examples, pad_id=0)).item() == pytest.approx(single.item(), rel=1e-5)
-
-
-def test_bloom_cannot_be_packed():
-    assert not packable(tiny_base("bloom"))
-    assert packable(tiny_base("qwen2"))
 
 
 def test_attention_is_as_before_after_packing(examples):
