@@ -33,14 +33,15 @@ def download(name: str, *, hub: str, revision: str, code: bool, log: Log) -> Pat
 
 
 def _huggingface(name: str, *, revision: str, small: list[str], log: Log) -> Path:
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
-    endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
 
     def fetch(patterns: list[str], *, cached: bool = False) -> Path:
-        folder = huggingface_hub.snapshot_download(
+        folder = snapshot_download(
             name,
             revision=revision,
             allow_patterns=patterns,
@@ -52,8 +53,7 @@ def _huggingface(name: str, *, revision: str, small: list[str], log: Log) -> Pat
         return Path(folder)
 
     def ask() -> list[str]:
-        api = huggingface_hub.HfApi(endpoint=endpoint)
-        found = api.model_info(name, revision=revision, timeout=REPLY_SECONDS)
+        found = HfApi(endpoint=endpoint).model_info(name, revision=revision, timeout=REPLY_SECONDS)
         return [file.rfilename for file in found.siblings or []]
 
     what = f"{name}@{revision} from Hugging Face ({endpoint})"
@@ -101,9 +101,8 @@ def _fetch(what: str, *, ask: Callable[[], list[str]], fetch: Callable[..., Path
     except Exception as error:
         if _status(error) in (401, 403):  # a gated model shows its list of files to everyone
             _refuse(what, error)
-        reason = f"{type(error).__name__}: {_first_failure(error)}"
-        message = f"{what}: the download broke off ({reason}); give the same command again and it goes on from there"
-        raise ValueError(message) from error
+        advice = "give the same command again and it goes on from there"
+        raise ValueError(f"{what}: the download broke off ({_brief(error)}); {advice}") from error
 
 
 def _cached(what: str, *, fetch: Callable[..., Path], patterns: list[str], error: Exception, log: Log) -> Path:
@@ -163,16 +162,20 @@ def within(seconds: float, question: Callable[[], T]) -> T:
     return answer  # type: ignore[return-value]
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The HTTP status that a hub's error carries, if it answered at all."""
-    status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(_first(error), "response", None), "status_code", None)
+    status = status or getattr(_first(error), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def _first_failure(error: Exception) -> str:
+def _first(error: BaseException) -> BaseException:
+    """ModelScope gathers the failures of all files."""
     failed: dict[str, BaseException] = getattr(error, "failed_files", None) or {}
-    return "; ".join([_brief(error), *(f"{name}: {_brief(cause)}" for name, cause in list(failed.items())[:1])])
+    return next(iter(failed.values()), error)
 
 
 def _brief(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    names = ", ".join(getattr(error, "failed_files", None) or {})
+    text = " ".join(str(_first(error)).split())[:300]
+    return f"{type(_first(error)).__name__}: {names}{': ' * bool(names)}{text}"

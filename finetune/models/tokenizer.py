@@ -161,12 +161,10 @@ def _shorten(row: Row, tokenizer: Any, *, excess: int) -> Row:
     call = tokenizer(row.prompt, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     spans = call.offset_mapping
     num_kept = max(0, len(spans) - excess)
-    num_tail = num_kept // 2
-    start = spans[num_kept - num_tail - 1][1] if num_kept else 0
-    stop = max(start, spans[-num_tail][0] if num_tail else len(row.prompt))
-    # The tokens of a rare character share its span, so nothing may have gone yet.
-    shorter = min(row.prompt[:start] + row.prompt[stop:], row.prompt[:-1], key=len)
-    return dataclasses.replace(row, prompt=shorter)
+    dropped = spans[num_kept - num_kept // 2 : len(spans) - num_kept // 2] or [(0, len(row.prompt))]
+    # Several tokens of one rare character share its span: the character goes as a whole.
+    shorter = row.prompt[: dropped[0][0]] + row.prompt[dropped[-1][1] :]
+    return dataclasses.replace(row, prompt=min(shorter, row.prompt[:-1], key=len))
 
 
 def _text_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -208,8 +206,8 @@ def _joint_ids(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def _apart_ids(parts: Sequence[str], tokenizer: Any) -> list[int]:
     """Ids of texts and control tokens in turn: what a tokenizer does with a prompt, but for what the data spells."""
     texts = _text_ids(parts[::2], tokenizer)
-    control = [[tokenizer.convert_tokens_to_ids(token)] for token in parts[1::2]]
-    return [i for pair in itertools.zip_longest(texts, control, fillvalue=[]) for ids in pair for i in ids]
+    control: list[list[int]] = [[tokenizer.convert_tokens_to_ids(token)] for token in parts[1::2]]
+    return [i for text, token in zip(texts, [*control, []], strict=True) for i in text + token]
 
 
 def _hide(row: Row, spelled: re.Pattern[str], stand_ins: dict[str, str]) -> Row:
