@@ -101,12 +101,18 @@ def _load(run: Path, config: Mapping[str, Any]) -> Job:
         loss_on=config["optim"]["loss_on"],
         device=accelerator.device,
     )
+    train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, split.valid))
     if accelerator.is_main_process:
+        cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
         hashes = {"data": split.data_hash, "templates": split.templates_hash, "weights": base.weights_hash}
-        record = {"source": base.source, "precision": precision, "padding_free": feeder.packed, "notes": split.notes}
+        record = {
+            "source": base.source,
+            "precision": precision,
+            "padding_free": feeder.packed,
+            "notes": split.notes | cut,
+        }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
-    encoded = (_encode(part, base, config) for part in (split.train, split.valid))
-    return Job(run, config, accelerator, method, base, split, *encoded, feeder)
+    return Job(run, config, accelerator, method, base, split, train_rows, valid_rows, feeder)
 
 
 def _attach(job: Job, *, num_steps: int) -> tuple[Any, dict[str, Any]]:

@@ -43,3 +43,16 @@ def test_attention_is_as_before_after_packing(examples):
     with pytest.raises(RuntimeError), packing(model):
         raise RuntimeError
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packs_on_a_gpu_are_as_near_to_float32_as_single_rows(architecture, examples):
+    exact, half = (tiny_base(architecture).to("cuda", dtype) for dtype in (torch.float32, torch.bfloat16))
+    expected = sum(summed_loss(exact, pad([e], pad_id=0).to("cuda")) for e in examples).item()
+    single = sum(summed_loss(half, pad([e], pad_id=0).to("cuda")) for e in examples).item()
+    with packing(half), torch.autocast("cuda", torch.bfloat16):
+        packed = summed_loss(half, pack(examples).to("cuda"))
+        packed.backward()
+    assert abs(packed.item() - expected) <= 2 * abs(single - expected) + 1e-3 * expected
+    assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
