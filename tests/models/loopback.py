@@ -41,22 +41,22 @@ TEMPLATES = {"chatml": CHATML, "glm": GLM, "dated": DATED, "plain": None}
 ENDS = {"chatml": "<|im_end|>", "glm": "<|user|>", "dated": "<|im_end|>", "plain": "</s>"}
 
 
-def make_tokenizer(kind: str = "plain", *, bos: bool = False):
-    """Byte-level BPE with every control token of `CONTROL`, 320 entries at most."""
+def make_tokenizer(kind: str = "plain", *, bos: bool = False, control=tuple(CONTROL), end: str = "</s>"):
+    """Byte-level BPE with those control tokens, 320 entries at most."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=320, special_tokens=list(control), initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(WORDS * 5, trainer)
     if bos:
         bpe.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
         )
-    named = {"eos_token": "</s>", "bos_token": "<s>"}
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
+    named = {"bos_token": "<s>"} if "<s>" in control else {}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, **named)
     made.chat_template = TEMPLATES[kind]
     return made
 

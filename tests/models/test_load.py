@@ -74,6 +74,17 @@ def test_gradients_flow_through_a_base(architecture, quantize, tmp_path):
     assert inputs.grad.abs().sum() > 0
 
 
+def test_a_plain_tokenizer_file_is_read_as_it_is_beside_every_class(architecture, tmp_path):
+    """transformers would read it as the class's own tokenizer, and Qwen2's adds an <|endoftext|> of its own."""
+    original = make_tokenizer(control=("<eos>", "<pad>"), end="<eos>")
+    tiny_base(architecture, vocab_size=len(original)).save_pretrained(tmp_path)
+    original.save_pretrained(tmp_path)
+    tokenizer = loaded(described(CLASSES[architecture], path=str(tmp_path))).tokenizer
+    text = "用户：头痛三天，hello world 1234\n\n  建议 <eos>"
+    assert len(tokenizer) == len(original)
+    assert tokenizer(text).input_ids == original(text).input_ids
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_the_precision_is_the_one_asked_for(precision, quantize, tmp_path):
