@@ -33,7 +33,7 @@ from finetune.methods.build import build
 from finetune.methods.method import Method
 from finetune.models.attention import packs
 from finetune.models.load import Base, load
-from finetune.models.tokenizer import Example, encode_rows
+from finetune.models.tokenizer import Example, encode_rows, template_hash
 from finetune.scores import aggregate, score_rows
 from finetune.track import Tracker
 
@@ -104,7 +104,8 @@ def _load(run: Path, config: Mapping[str, Any]) -> Job:
     train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, split.valid))
     if accelerator.is_main_process:
         cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
-        hashes = {"data": split.data_hash, "templates": split.templates_hash, "weights": base.weights_hash}
+        forms = split.templates_hash + template_hash(base.tokenizer)
+        hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
         record = {
             "source": base.source,
             "precision": precision,
@@ -118,11 +119,12 @@ def _load(run: Path, config: Mapping[str, Any]) -> Job:
 def _attach(job: Job, *, num_steps: int) -> tuple[Any, dict[str, Any]]:
     """The model to train, and its parameter counts."""
     set_seed(job.config["seed"])
+    before = {id(parameter) for parameter in job.base.model.parameters()}
     model = job.method.attach(
         job.base.model, tokenizer=job.base.tokenizer, num_steps=num_steps, train_rows=job.split.train
     )
     _checkpoint_activations(job)
-    return model.to(job.accelerator.device), _count(model)
+    return model.to(job.accelerator.device), _count(model, job.base, before=before)
 
 
 def _tune(job: Job, model: Any, steps: Sequence[Sequence[int]], tracker: Tracker) -> tuple[Any, list[dict[str, Any]]]:
@@ -209,11 +211,10 @@ def _checkpoint_activations(job: Job) -> None:
         log.warning("%s cannot checkpoint activations: trained without", job.config["method"]["name"])
 
 
-def _count(model: Any) -> dict[str, Any]:
+def _count(model: Any, base: Base, *, before: set[int]) -> dict[str, Any]:
     """Parameters; a 4-bit base counts what it stands for, not its packed bytes."""
-    named = list(model.named_parameters())
-    trained = sum(p.numel() for _, p in named if p.requires_grad)
-    total = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for _, p in named)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = base.num_parameters + sum(p.numel() for p in model.parameters() if id(p) not in before)
     return {"trainable_parameters": trained, "total_parameters": total, "trainable_percent": 100 * trained / total}
 
 
