@@ -20,7 +20,8 @@ from finetune.data.batches import Batch, Example, group, pack, pad, supervised
 from finetune.methods.method import Method, trainable
 from finetune.models.attention import packing
 
-CPU_PACK_TOKENS = 4096  # a pack's activations stay below a GiB for a miniature; more tokens do not run faster
+# Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
+PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Feeder:
     def batches(self, examples: Sequence[Example]) -> list[Batch]:
         """Batches of one forward pass each that hold all of `examples`."""
         if self.packed:
-            found = [pack(part, loss_on=self.loss_on) for part in _bounded(examples)]
+            found = [pack(part, loss_on=self.loss_on) for part in _bounded(examples, limit=PACK_TOKENS[self.device.type])]
         else:
             found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in group(examples)]
         return [batch.to(self.device) for batch in found]
@@ -159,12 +160,12 @@ def _attending(base: Any, feeder: Feeder) -> contextlib.AbstractContextManager[N
     return packing(base) if feeder.packed else contextlib.nullcontext()
 
 
-def _bounded(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def _bounded(examples: Sequence[Example], *, limit: int) -> Iterator[list[Example]]:
     """Rows in order, cut into packs of bounded size."""
     found: list[Example] = []
     size = 0
     for example in examples:
-        if found and size + len(example.ids) > CPU_PACK_TOKENS:
+        if found and size + len(example.ids) > limit:
             yield found
             found, size = [], 0
         found.append(example)
