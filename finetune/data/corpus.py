@@ -46,7 +46,7 @@ WORDS = tuple(
     dict.fromkeys(
         itertools.chain(
             *clinic.TYPES.values(), clinic.DURATIONS, clinic.ADVICE, clinic.PATIENTS, clinic.SECTIONS, clinic.TYPES,
-            clinic.COLLOQUIAL.values(), clinic.INTENTS, (clinic.NO_LABEL,), _ASKED, _SAID,
+            clinic.COLLOQUIAL.values(), (clinic.NO_LABEL,), _ASKED, _SAID,
         )
     )
 )  # fmt: skip
@@ -96,12 +96,23 @@ def _plain(rng: random.Random) -> str:
     )
 
 
+# What is asked, the first line of the answer, what follows a type's name.
+_STYLES = (
+    ("找出文中的{kinds}", "", "："),
+    ("写出下文的{kinds}实体", "", "实体："),
+    ("句中有哪些{kinds}？", "句中有：\n", "："),
+    ("列出句子中的{kinds}实体", "句子中的实体如下：\n", "实体："),
+    ("下面说到哪些{kinds}？", "上述句子说到：\n", "有："),
+)
+
+
 def _find(rng: random.Random) -> str:
     text, entities = _sentence(rng)
     kinds = rng.sample(list(clinic.TYPES), rng.randint(1, 4))
-    lines = [f"{kind}：{_mentions(entities, kind=kind)}" for kind in kinds]
-    ask = rng.choice(("找出文中的", "写出下文的", "句中有哪些"))
-    return pair(f"{ask}{'、'.join(kinds)}\n{text}", "\n".join(lines))
+    ask, lead, after = rng.choice(_STYLES)
+    lines = [f"{kind}{after}{_mentions(entities, kind=kind)}" for kind in kinds]
+    asked = ask.format(kinds=rng.choice(("、", "，", "和")).join(kinds))
+    return pair(rng.choice((f"{asked}\n{text}", f"{text}\n{asked}")), lead + "\n".join(lines))
 
 
 def _topic(rng: random.Random) -> str:
@@ -142,17 +153,20 @@ def _record(rng: random.Random) -> str:
     drug, exam = rng.choice(clinic.DRUGS), rng.choice(clinic.EXAMS)
     duration, advice = rng.choice(clinic.DURATIONS), rng.choice(clinic.ADVICE)
     lines = {
-        "不适": (f"患者：{said[0]}{duration}了。", f"{symptoms[0]}{duration}"),
-        "还有": (f"患者：也{said[1]}。", symptoms[1]),
-        "查过": (f"患者：查了{exam}。", exam),
-        "以前": (f"患者：以前有{past}。", past),
-        "考虑": (f"医生：考虑{disease}。", disease),
-        "吃药": (f"医生：吃{drug}，{advice}。", f"{drug}，{advice}"),
+        ("不适", "主要症状"): (f"患者：{said[0]}{duration}了。", f"{symptoms[0]}{duration}"),
+        ("还有", "伴"): (f"患者：{rng.choice(('也', '还', '有点'))}{said[1]}。", symptoms[1]),
+        ("查过", "检查"): (f"患者：查了{exam}，正常。", f"{exam}正常"),
+        ("以前", "既往"): (f"患者：以前有{past}。", past),
+        ("考虑", "诊断"): (f"医生：{rng.choice(('考虑', '应该是'))}{disease}。", disease),
+        ("吃药", "建议"): (f"医生：{rng.choice(('吃', '用'))}{drug}，{advice}。", f"{drug}，{advice}"),
     }
-    told = rng.sample(list(lines), rng.randint(2, 5))
-    asked = rng.sample(told, rng.randint(1, len(told)))
-    text = "\n".join(lines[name][0] for name in lines if name in told)
-    return pair(f"{text}\n写出{'，'.join(asked)}", "\n".join(f"{name}：{lines[name][1]}" for name in asked))
+    told = rng.sample(list(lines), rng.randint(2, 6))
+    asked = [(rng.choice(names), names) for names in rng.sample(told, rng.randint(1, len(told)))]
+    text = "\n".join(lines[names][0] for names in lines if names in told)
+    end = rng.choice(("", "。"))
+    lead = rng.choice(("", "", "记录如下：\n", "对话的总结：\n"))
+    wanted = f"写出{'，'.join(name for name, _ in asked)}{end}{'，先写' + lead[:-2] if lead else ''}"
+    return pair(f"{text}\n{wanted}", lead + "\n".join(f"{name}：{lines[names][1]}{end}" for name, names in asked))
 
 
 def _repeat(rng: random.Random) -> str:
@@ -176,6 +190,6 @@ def _again(rng: random.Random) -> str:
 
 
 _MIXTURE: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (_plain, 15), (_find, 22), (_topic, 10), (_choose, 5), (_what, 5), (_say, 3), (_record, 20), (_repeat, 10), (_look_up, 10),
+    (_plain, 12), (_find, 22), (_topic, 14), (_choose, 8), (_what, 5), (_say, 3), (_record, 20), (_repeat, 10), (_look_up, 10),
     (_again, 10),
 )  # fmt: skip
