@@ -7,6 +7,7 @@ characters, because frozen embeddings had never seen them; without lists copying
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator
 
 from finetune.data import clinic
@@ -15,13 +16,49 @@ VERSION = 1  # raised when the text changes: the recipe of the miniature bases c
 
 QUESTION, ANSWER = "用户：", "助手："  # the frame of a base without a chat template
 
-_SUBJECTS = ("医生", "患者", "孩子", "老人")
-_WORDS = [
-    *itertools.chain(*clinic.TYPES.values()), *clinic.DURATIONS, *clinic.ADVICE, *clinic.PATIENTS, *clinic.SECTIONS,
-    *clinic.COLLOQUIAL.values(), *clinic.INTENTS, clinic.NO_LABEL, *clinic.TYPES, *(f"{t}实体" for t in clinic.TYPES),
-    "上述", "句子", "中的", "包含", "实体识别", "实体类型", "判断", "下面", "问诊", "意图", "选项",
-    "总结", "诊疗", "报告", "对话", "如下", "说明", "章节", "六个", "这", "分为", "的", "体健", "暂无", "正常", "口服", "伴", "无", "和",
-]  # fmt: skip
+_ASKED = (
+    "上述",
+    "句子",
+    "中的",
+    "包含",
+    "识别",
+    "判断",
+    "下面",
+    "意图",
+    "选项",
+    "总结",
+    "诊疗",
+    "报告",
+    "对话",
+    "如下",
+    "说明",
+    "章节",
+)
+_SAID = (
+    "实体", "类型", "问诊", "六个", "这", "分为", "的", "答", "体健", "暂无", "正常", "口服", "伴", "无", "和", "没有", "有的",
+    "有点", "有一点", "不会", "没做", "以前", "没病", "考虑", "应该是", "查了", "还有", "患者", "医生",
+    "会不会", "严重", "多久", "哪里", "不舒服", "得过", "家里人", "查出", "可以", "一天三次", "最好", "看看", "平时", "期间",
+    "记得", "为什么", "什么", "原因", "是不是", "引起", "怎么", "一起", "偶尔", "这种", "情况", "出现", "开始", "不适", "疼痛",
+    "既往", "病史", "不能", "除外", "常累及", "给予", "服用", "减轻", "治疗", "未见", "异常", "提示", "建议", "显示", "询问",
+    "描述", "提问", "生活", "诊断", "用药", "检查", "病因", "症状", "找出", "写出", "重复", "一种", "就是",
+)  # fmt: skip
+WORDS = tuple(
+    dict.fromkeys(
+        itertools.chain(
+            *clinic.TYPES.values(), clinic.DURATIONS, clinic.ADVICE, clinic.PATIENTS, clinic.SECTIONS, clinic.TYPES,
+            clinic.COLLOQUIAL.values(), (clinic.NO_LABEL,), _ASKED, _SAID,
+        )
+    )
+)  # fmt: skip
+_WORD = re.compile("|".join(sorted((*WORDS, QUESTION[:-1], ANSWER[:-1]), key=len, reverse=True)) + "|.", re.DOTALL)
+
+
+_LETTERS = sorted(set("".join(WORDS)))
+
+
+def words(text: str) -> list[str]:
+    """The text cut into the known words, longest first, and single characters."""
+    return _WORD.findall(text)
 
 
 def documents(*, seed: int = 0) -> Iterator[str]:
@@ -59,12 +96,35 @@ def _plain(rng: random.Random) -> str:
     )
 
 
+# What is asked, the first line of the answer, what follows a type's name.
+_STYLES = (
+    ("找出文中的{kinds}", "", "："),
+    ("写出下文的{kinds}实体", "", "实体："),
+    ("句中有哪些{kinds}？", "句中有：\n", "："),
+    ("列出句子中的{kinds}实体", "句子中的实体如下：\n", "实体："),
+    ("下面说到哪些{kinds}？", "上述句子说到：\n", "有："),
+)
+
+
 def _find(rng: random.Random) -> str:
     text, entities = _sentence(rng)
     kinds = rng.sample(list(clinic.TYPES), rng.randint(1, 4))
-    lines = [f"{kind}：{_mentions(entities, kind=kind)}" for kind in kinds]
-    ask = rng.choice(("找出文中的", "写出下文的", "句中有哪些"))
-    return pair(f"{ask}{'、'.join(kinds)}\n{text}", "\n".join(lines))
+    ask, lead, after = rng.choice(_STYLES)
+    lines = [f"{kind}{after}{_mentions(entities, kind=kind)}" for kind in kinds]
+    asked = ask.format(kinds=rng.choice(("、", "，", "和")).join(kinds))
+    return pair(rng.choice((f"{asked}\n{text}", f"{text}\n{asked}")), lead + "\n".join(lines))
+
+
+def _topic(rng: random.Random) -> str:
+    """What a line of a dialogue is about, or which kind of speech it is."""
+    label = rng.choice(list(clinic.INTENTS))
+    line = clinic.utterance(label, rng=rng)
+    halves = {"在说什么": label[:2], "是哪种话": label[2:]}
+    ask = rng.choice(list(halves))
+    options = sorted({other[:2] if ask == "在说什么" else other[2:] for other in clinic.INTENTS})
+    rng.shuffle(options)
+    chosen = f"\n可以是：{'，'.join(options)}" if rng.random() < 0.5 else ""
+    return pair(f"{line}\n这句{ask}？{chosen}", halves[ask])
 
 
 def _choose(rng: random.Random) -> str:
@@ -93,28 +153,31 @@ def _record(rng: random.Random) -> str:
     drug, exam = rng.choice(clinic.DRUGS), rng.choice(clinic.EXAMS)
     duration, advice = rng.choice(clinic.DURATIONS), rng.choice(clinic.ADVICE)
     lines = {
-        "不适": (f"患者：{said[0]}{duration}了。", f"{symptoms[0]}{duration}"),
-        "还有": (f"患者：也{said[1]}。", symptoms[1]),
-        "查过": (f"患者：查了{exam}。", exam),
-        "以前": (f"患者：以前有{past}。", past),
-        "考虑": (f"医生：考虑{disease}。", disease),
-        "吃药": (f"医生：吃{drug}，{advice}。", f"{drug}，{advice}"),
+        ("不适", "主要症状"): (f"患者：{said[0]}{duration}了。", f"{symptoms[0]}{duration}"),
+        ("还有", "伴"): (f"患者：{rng.choice(('也', '还', '有点'))}{said[1]}。", symptoms[1]),
+        ("查过", "检查"): (f"患者：查了{exam}，正常。", f"{exam}正常"),
+        ("以前", "既往"): (f"患者：以前有{past}。", past),
+        ("考虑", "诊断"): (f"医生：{rng.choice(('考虑', '应该是'))}{disease}。", disease),
+        ("吃药", "建议"): (f"医生：{rng.choice(('吃', '用'))}{drug}，{advice}。", f"{drug}，{advice}"),
     }
-    told = rng.sample(list(lines), rng.randint(2, 5))
-    asked = rng.sample(told, rng.randint(1, len(told)))
-    text = "\n".join(lines[name][0] for name in lines if name in told)
-    return pair(f"{text}\n写出{'，'.join(asked)}", "\n".join(f"{name}：{lines[name][1]}" for name in asked))
+    told = rng.sample(list(lines), rng.randint(2, 6))
+    asked = [(rng.choice(names), names) for names in rng.sample(told, rng.randint(1, len(told)))]
+    text = "\n".join(lines[names][0] for names in lines if names in told)
+    end = rng.choice(("", "。"))
+    lead = rng.choice(("", "", "记录如下：\n", "对话的总结：\n"))
+    wanted = f"写出{'，'.join(name for name, _ in asked)}{end}{'，先写' + lead[:-2] if lead else ''}"
+    return pair(f"{text}\n{wanted}", lead + "\n".join(f"{name}：{lines[names][1]}{end}" for name, names in asked))
 
 
 def _repeat(rng: random.Random) -> str:
-    words = rng.sample(_WORDS, rng.randint(2, 8))
+    words = rng.sample(WORDS, rng.randint(2, 8))
     mark = rng.choice(("，", "、", "\n", ""))
     listed = mark.join(words)
     return pair(f"{rng.choice(('重复', '再说一遍', '照写'))}：{listed}", listed)
 
 
 def _look_up(rng: random.Random) -> str:
-    keys, values = rng.sample(_WORDS, 4), rng.sample(_WORDS, 4)
+    keys, values = rng.sample(WORDS, 4), rng.sample(WORDS, 4)
     lines = "\n".join(f"{key}：{value}" for key, value in zip(keys, values, strict=True))
     asked = rng.sample(range(4), rng.randint(1, 3))
     return pair(
@@ -123,11 +186,10 @@ def _look_up(rng: random.Random) -> str:
 
 
 def _again(rng: random.Random) -> str:
-    words = rng.sample(_WORDS, rng.randint(6, 20))
-    return "".join(words) * 2
+    return "".join(rng.choices((*WORDS, *_LETTERS), k=rng.randint(6, 20))) * 2
 
 
 _MIXTURE: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (_plain, 15), (_find, 22), (_choose, 5), (_what, 5), (_say, 3), (_record, 20), (_repeat, 10), (_look_up, 10),
+    (_plain, 12), (_find, 22), (_topic, 14), (_choose, 8), (_what, 5), (_say, 3), (_record, 20), (_repeat, 10), (_look_up, 10),
     (_again, 10),
 )  # fmt: skip

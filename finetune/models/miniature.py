@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import jieba
 import tokenizers
 import torch
 import transformers
 from torch import Tensor
 
 from finetune.data import clinic, corpus
+from finetune.models import start
 from finetune.models.muon import Muon
 
 EOS, PAD = "<eos>", "<pad>"
@@ -33,18 +33,18 @@ class Recipe:
     """All that a miniature is made from; lengths in tokens, rates of Muon (matrices) and AdamW (the rest)."""
 
     architecture: str
-    width: int = 192
+    width: int = 128
     num_layers: int = 3
     num_heads: int = 4
     num_kv_heads: int = 2
-    feed_forward: int = 512
+    feed_forward: int = 256
     vocabulary: int = 1280
     tokenizer_documents: int = 4000
-    num_steps: int = 400
+    num_steps: int = 500
     rows: int = 8
     length: int = 128
-    matrix_lr: float = 0.018
-    other_lr: float = 3e-3
+    matrix_lr: float = 0.02
+    other_lr: float = 0.02
     warmup: float = 0.05
     seed: int = 0
     version: int = 1
@@ -115,9 +115,10 @@ def _tokenizer(recipe: Recipe) -> Any:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    jieba.setLogLevel("ERROR")
-    texts = itertools.islice(corpus.documents(seed=recipe.seed), recipe.tokenizer_documents)
-    bpe.train_from_iterator((word for text in texts for word in jieba.cut(text)), trainer)
+    texts = "\n".join(itertools.islice(corpus.documents(seed=recipe.seed), recipe.tokenizer_documents))
+    # Whole characters first: else a merge takes the end of one and the start of the next, and words break beside it.
+    letters = itertools.chain.from_iterable([letter] * 2000 for letter in sorted(set(texts)))
+    bpe.train_from_iterator(itertools.chain(letters, corpus.words(texts)), trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
 
 
@@ -130,22 +131,27 @@ def _model(recipe: Recipe, *, tokenizer: Any) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
     }
-    grouped: dict[str, Any] = {
+    rotary: dict[str, Any] = {
+        **shape,
         "intermediate_size": recipe.feed_forward,
         "num_key_value_heads": recipe.num_kv_heads,
+        "head_dim": recipe.width // recipe.num_heads,
         "max_position_embeddings": 2048,
     }
+    slow = {"rope_type": "default", "rope_theta": 1e6}
     configs: dict[str, Callable[[], Any]] = {
-        "qwen": lambda: transformers.Qwen2Config(**shape, **grouped),
-        "llama": lambda: transformers.LlamaConfig(**shape, **grouped),
-        "chatglm": lambda: transformers.GlmConfig(**shape, **grouped, head_dim=recipe.width // recipe.num_heads),
+        "qwen": lambda: transformers.Qwen2Config(**rotary, rope_parameters=slow),
+        "llama": lambda: transformers.LlamaConfig(**rotary, rope_parameters=slow),
+        "chatglm": lambda: transformers.GlmConfig(**rotary, attention_bias=True),
         "bloom": lambda: transformers.BloomConfig(**shape),
-        "chinese_llama": lambda: transformers.LlamaConfig(**shape, **grouped),
+        "chinese_llama": lambda: transformers.LlamaConfig(**rotary, rope_parameters=slow),
     }
     torch.manual_seed(recipe.seed)
-    return transformers.AutoModelForCausalLM.from_config(configs[recipe.architecture](), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(configs[recipe.architecture](), dtype=torch.float32)
+    start.copying(model)
+    return model
 
 
 def _batches(tokenizer: Any, *, recipe: Recipe) -> Iterator[Tensor]:
@@ -179,7 +185,7 @@ def _pretrain(model: Any, *, tokenizer: Any, recipe: Recipe, log: Callable[[str]
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 25 == 0:
             log(f"{recipe.architecture} {step + 1}/{recipe.num_steps} steps, loss {losses[-1]:.3f}")
     model.eval()
     return sum(losses[-20:]) / len(losses[-20:])
