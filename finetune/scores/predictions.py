@@ -8,8 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from finetune.scores import health
-from finetune.scores.rouge import rouge_multisets, rouge_sets
-from finetune.scores.segment import segment
+from finetune.scores.conventions import rouge
 
 Scores = dict[str, float]
 
@@ -23,28 +22,12 @@ def score_row(row: Mapping[str, Any]) -> Scores:
     """Score one prediction against its reference."""
     prediction, reference = row["prediction"], row["reference"]
     return {
-        **rouge_by_words(prediction, reference),
+        **rouge(prediction, reference),
         "exact": health.exact(prediction, reference),
         "empty": health.empty(prediction),
         "never_stopped": health.never_stopped(row["finish_reason"]),
         "looping": health.looping(prediction),
     }
-
-
-def rouge_by_words(prediction: str, reference: str) -> Scores:
-    """ROUGE-1/2/L by jieba words: `rouge-1` by sets of n-grams, `rouge-1-multiset` by multisets."""
-    ours, theirs = segment(prediction), segment(reference)
-    by_multisets = rouge_multisets(_visible(ours), _visible(theirs))
-    return rouge_sets(ours, theirs) | {f"{name}-multiset": score for name, score in by_multisets.items()}
-
-
-def mean_rouge(predictions: Sequence[str], *, references: Sequence[str]) -> Scores:
-    """`rouge_by_words`, averaged over the pairs."""
-    return _means([rouge_by_words(*pair) for pair in zip(predictions, references, strict=True)])
-
-
-def _visible(tokens: Sequence[str]) -> list[str]:
-    return [token for token in tokens if not token.isspace()]
 
 
 def aggregate(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,10 +3,10 @@ import json
 import pytest
 
 from finetune.scores import aggregate, score_rows
-from finetune.scores.predictions import mean_rouge
+from finetune.scores.conventions import mean_rouge
 
 NAMES = {
-    *(f"rouge-{kind}{suffix}" for kind in "12l" for suffix in ("", "-multiset")),
+    *(f"rouge-{kind}{suffix}" for kind in "12l" for suffix in ("", "-multiset", "-char", "-char-multiset")),
     *("exact", "empty", "never_stopped", "looping"),
 }
 

@@ -1,0 +1,118 @@
+"""BLEU-4 and chrF of a whole task, equal to sacrebleu's; a mean over rows would be another number.
+
+sacrebleu's own counting takes 2.2 ms a row of 60 characters, 220 s for 100 000 rows. Here the counts of a reference
+are kept (every method of a study has the same ones) and Chinese characters are found by table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+from finetune.scores.rouge import num_shared
+
+BLEU_ORDER = 4
+CHRF_ORDER = 6
+CHRF_BETA = 2  # recall counts twice (Popović 2016)
+
+# mteval's marks are words of their own; points and commas unless between digits, a dash after a digit
+_MARK = re.compile(r"[{-~\[-` -&(-+:-@/]")
+_NEAR_DIGITS = (
+    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
+    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
+    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
+)
+
+Counts = tuple[Counter, ...]  # of n-grams, by length from 1
+
+
+class Text(NamedTuple):
+    """A text, counted for both scores."""
+
+    words: tuple[str, ...]
+    pieces: Counts  # of characters without white space
+
+
+def bleu_and_chrf(predictions: Sequence[str], *, references: Sequence[str]) -> dict[str, float]:
+    """`bleu-4` (sacrebleu's tok:zh, exponential smoothing) and `chrf` (no words, no white space), in percent."""
+    rows = [_compare(*pair) for pair in zip(predictions, references, strict=True)]
+    sums = [sum(column) for column in zip(*rows, strict=True)] or [0] * 3 * (BLEU_ORDER + CHRF_ORDER)
+    words, pieces = sums[: 3 * BLEU_ORDER], sums[3 * BLEU_ORDER :]
+    return {"bleu-4": _bleu(*_thirds(words)), "chrf": _chrf(*_thirds(pieces))}
+
+
+def _bleu(predicted: Sequence[int], expected: Sequence[int], shared: Sequence[int]) -> float:
+    """BLEU of n-gram counts by length (Papineni et al. 2002); the k-th length without a match has 1/2^k."""
+    if not any(shared) or not all(predicted):
+        return 0.0
+    smoothed = [count or 0.5 ** (shared[: n + 1].count(0)) for n, count in enumerate(shared)]
+    mean_log = sum(math.log(count / total) for count, total in zip(smoothed, predicted, strict=True)) / BLEU_ORDER
+    return 100 * math.exp(mean_log + min(0.0, 1 - expected[0] / predicted[0]))
+
+
+def _chrf(predicted: Sequence[int], expected: Sequence[int], shared: Sequence[int]) -> float:
+    """chrF of n-gram counts by length: precision and recall averaged over the lengths that both sides have."""
+    known = [counts for counts in zip(predicted, expected, shared, strict=True) if counts[0] and counts[1]]
+    if not any(shared):
+        return 0.0
+    precision = sum(count / total for total, _, count in known) / len(known)
+    recall = sum(count / total for _, total, count in known) / len(known)
+    return 100 * (1 + CHRF_BETA**2) * precision * recall / (CHRF_BETA**2 * precision + recall)
+
+
+def _compare(prediction: str, reference: str) -> list[int]:
+    """Numbers of n-grams: predicted, expected, shared, by length, of words and then of pieces."""
+    ours, theirs = count_text(prediction), count_reference(reference)
+    alike = all(len(text.words) == text.pieces[0].total() for text in (ours, theirs))  # every word is one character
+    words = _count_words(ours, alike=alike), _count_words(theirs, alike=alike)
+    # chrF does not count pieces of a length that the reference has none of
+    pieces = [some if known else Counter() for some, known in zip(ours.pieces, theirs.pieces, strict=True)]
+    return _numbers(*words) + _numbers(pieces, theirs.pieces)
+
+
+def _numbers(predicted: Sequence[Counter], expected: Sequence[Counter]) -> list[int]:
+    shared = [num_shared(*pair) for pair in zip(predicted, expected, strict=True)]
+    return [counts.total() for counts in (*predicted, *expected)] + shared
+
+
+def _thirds(numbers: Sequence[int]) -> list[Sequence[int]]:
+    size = len(numbers) // 3
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def count_text(text: str) -> Text:
+    """Split and count."""
+    squeezed = "".join(text.split())
+    return Text(tuple(mteval_words(text)), tuple(_ngrams(squeezed, n) for n in range(1, CHRF_ORDER + 1)))
+
+
+def _count_words(text: Text, *, alike: bool) -> Counts:
+    return text.pieces[:BLEU_ORDER] if alike else tuple(_ngrams(text.words, n) for n in range(1, BLEU_ORDER + 1))
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter:
+    return Counter([tokens[start : start + n] for start in range(len(tokens) - n + 1)])
+
+
+count_reference = lru_cache(maxsize=1 << 12)(count_text)
+
+
+def mteval_words(text: str) -> list[str]:
+    """sacrebleu's `zh` tokens: single Chinese characters and marks, and mteval's words between them."""
+    text = "".join(map(_separate, text.strip()))
+    if "." in text or "," in text or "-" in text:
+        for pattern, spaced in _NEAR_DIGITS:
+            text = pattern.sub(spaced, text)
+    return text.split()
+
+
+@cache
+def _separate(character: str) -> str:
+    from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+
+    is_word = TokenizerZh._is_chinese_char(character) or _MARK.fullmatch(character)
+    return f" {character} " if is_word else character
