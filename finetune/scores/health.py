@@ -1,9 +1,14 @@
-"""Signs of a generation gone wrong, per row, as 0 or 100 (so that their mean is a share in percent)."""
+"""Signs of a generation gone wrong: per row as 0 or 100, so that their mean is a share in percent."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 MIN_REPEATS = 3  # said twice may be meant
 MIN_SPAN = 20  # characters; shorter runs are dots, dashes and exclamations
+_LETTER = re.compile(r"[^\W\d_]")  # of any script
+_CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 
 
 def never_stopped(finish_reason: str) -> float:
@@ -19,6 +24,22 @@ def empty(text: str) -> float:
 def exact(prediction: str, reference: str) -> float:
     """Whether the texts are equal but for white space around them."""
     return 100.0 * (prediction.strip() == reference.strip())
+
+
+def length(predictions: Sequence[str], *, references: Sequence[str]) -> float:
+    """Characters for every hundred of the references'; well below 100 is a base that answers too briefly."""
+    expected = sum(len(text.strip()) for text in references)
+    return 100.0 * sum(len(text.strip()) for text in predictions) / max(1, expected)
+
+
+def not_chinese(prediction: str, reference: str) -> float | None:
+    """Share of the prediction's letters that are not Chinese, where most of the reference's are; else None."""
+    return _foreign_share(prediction) if _foreign_share(reference) < 50.0 and _CHINESE.search(reference) else None
+
+
+def _foreign_share(text: str) -> float:
+    num_letters = len(_LETTER.findall(text))
+    return 100.0 - 100.0 * len(_CHINESE.findall(text)) / num_letters if num_letters else 0.0
 
 
 def looping(text: str) -> float:
