@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -37,9 +37,11 @@ class Text(NamedTuple):
     pieces: Counts  # of characters without white space
 
 
-def bleu_and_chrf(predictions: Sequence[str], *, references: Sequence[str]) -> dict[str, float]:
-    """`bleu-4` (sacrebleu's tok:zh, exponential smoothing) and `chrf` (no words, no white space), in percent."""
-    rows = [_compare(*pair) for pair in zip(predictions, references, strict=True)]
+def bleu_and_chrf(rows: Iterable[Sequence[int]]) -> dict[str, float]:
+    """Scores in percent of a task's `count_overlap` rows.
+
+    `bleu-4`: sacrebleu's tok:zh, exponential smoothing. `chrf`: six lengths, without words and white space.
+    """
     sums = [sum(column) for column in zip(*rows, strict=True)] or [0] * 3 * (BLEU_ORDER + CHRF_ORDER)
     words, pieces = sums[: 3 * BLEU_ORDER], sums[3 * BLEU_ORDER :]
     return {"bleu-4": _bleu(*_thirds(words)), "chrf": _chrf(*_thirds(pieces))}
@@ -64,7 +66,7 @@ def _chrf(predicted: Sequence[int], expected: Sequence[int], shared: Sequence[in
     return 100 * (1 + CHRF_BETA**2) * precision * recall / (CHRF_BETA**2 * precision + recall)
 
 
-def _compare(prediction: str, reference: str) -> list[int]:
+def count_overlap(prediction: str, reference: str) -> list[int]:
     """Numbers of n-grams: predicted, expected, shared, by length, of words and then of pieces."""
     ours, theirs = count_text(prediction), count_reference(reference)
     alike = all(len(text.words) == text.pieces[0].total() for text in (ours, theirs))  # every word is one character

@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.scores import health, kinds
 from finetune.scores.conventions import rouge
-from finetune.scores.overlap import bleu_and_chrf
+from finetune.scores.overlap import bleu_and_chrf, count_overlap
+from finetune.scores.provenance import provenance
 
 Row = Mapping[str, Any]
 
@@ -31,19 +32,20 @@ def score_row(row: Row) -> dict[str, Any]:
         "looping": health.looping(prediction),
         **({} if foreign is None else {"not_chinese": foreign}),
         **kinds.score_row(row),
+        "overlap": count_overlap(prediction, reference),
     }
 
 
 def aggregate(predictions: Sequence[Row]) -> dict[str, Any]:
     """Scores by task name in `tasks`, and in `mean` the plain mean over the tasks that have a score (`num_rows`: sum).
 
-    Rows that carry their `scores` are believed; the others are scored here.
+    Rows that carry their `scores` are believed; the others are scored here. `scorer` says what the scores mean.
     """
     by_task: dict[str, list[Row]] = defaultdict(list)
     for row in predictions:
         by_task[row["task"]].append(row if row.get("scores") else {**row, "scores": score_row(row)})
     tasks = {task: _score_task(rows) for task, rows in sorted(by_task.items())}
-    return {"mean": _means(tasks.values()) | {"num_rows": len(predictions)}, "tasks": tasks}
+    return {"mean": _means(tasks.values()) | {"num_rows": len(predictions)}, "tasks": tasks, "scorer": provenance()}
 
 
 def _score_task(rows: Sequence[Row]) -> dict[str, Any]:
@@ -51,7 +53,9 @@ def _score_task(rows: Sequence[Row]) -> dict[str, Any]:
     predictions, references = ([row[side] for row in rows] for side in ("prediction", "reference"))
     return {
         **_means(row["scores"] for row in rows),
-        **bleu_and_chrf(predictions, references=references),
+        **bleu_and_chrf(
+            row["scores"].get("overlap") or count_overlap(row["prediction"], row["reference"]) for row in rows
+        ),
         "length": health.length(predictions, references=references),
         **kinds.score_task(rows),
         "num_rows": len(rows),
