@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import runs
+from finetune.reporting.lines import dump, load
 from finetune.scores import aggregate, score_row
 
 ROWS_AT_ONCE = 500  # 0.3 s of work: one large file keeps all cores busy, and sending rows costs little
@@ -22,7 +22,7 @@ def rescore(folders: Sequence[Path], *, num_processes: int | None = None) -> Ite
 
     A folder with a line that cannot be read is left as it is.
     """
-    waiting: deque[tuple[Path, list[Future[list[str]]]]] = deque()
+    waiting: deque[tuple[Path, list[Future[list[bytes]]]]] = deque()
     with ProcessPoolExecutor(num_processes or _num_cores()) as pool:
         for folder in folders:
             try:
@@ -44,26 +44,26 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _finish(folder: Path, jobs: Sequence[Future[list[str]]]) -> tuple[Path, str]:
+def _finish(folder: Path, jobs: Sequence[Future[list[bytes]]]) -> tuple[Path, str]:
     try:
         lines = [line for job in jobs for line in job.result()]
-        record = runs.read_json(folder / "scores.json") | {"scores": aggregate([json.loads(line) for line in lines])}
-        runs.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        record = runs.read_json(folder / "scores.json") | {"scores": aggregate(list(map(load, lines)))}
+        runs.write_text(folder / "predictions.jsonl", b"".join(line + b"\n" for line in lines).decode())
         runs.write_json(folder / "scores.json", record)
     except (OSError, ValueError) as error:
         return folder, str(error)
     return folder, ""
 
 
-def _score_lines(lines: Sequence[bytes], first: int) -> list[str]:
+def _score_lines(lines: Sequence[bytes], first: int) -> list[bytes]:
     """In a process of the pool: lines of predictions.jsonl with new scores. ValueError names the line."""
     return [_score_line(line, number) for number, line in enumerate(lines, first) if line.strip()]
 
 
-def _score_line(line: bytes, number: int) -> str:
+def _score_line(line: bytes, number: int) -> bytes:
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: dict[str, Any] = load(line)
         row["scores"] = score_row(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"predictions.jsonl:{number}: {type(error).__name__}: {error}") from error
-    return json.dumps(row, ensure_ascii=False)
+    return dump(row)

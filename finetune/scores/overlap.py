@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from finetune.scores.rouge import num_shared
-
 BLEU_ORDER = 4
 CHRF_ORDER = 6
 CHRF_BETA = 2  # recall counts twice (Popović 2016)
@@ -27,14 +25,12 @@ _NEAR_DIGITS = (
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 )
 
-Counts = tuple[Counter, ...]  # of n-grams, by length from 1
-
 
 class Text(NamedTuple):
-    """A text, counted for both scores."""
+    """A reference: its tokens, and how often each run of 1, 2, ... of them occurs."""
 
-    words: tuple[str, ...]
-    pieces: Counts  # of characters without white space
+    tokens: Sequence[str]
+    ngrams: tuple[Counter, ...]
 
 
 def bleu_and_chrf(rows: Iterable[Sequence[int]]) -> dict[str, float]:
@@ -68,17 +64,36 @@ def _chrf(predicted: Sequence[int], expected: Sequence[int], shared: Sequence[in
 
 def count_overlap(prediction: str, reference: str) -> list[int]:
     """Numbers of n-grams: predicted, expected, shared, by length, of words and then of pieces."""
-    ours, theirs = count_text(prediction), count_reference(reference)
-    alike = all(len(text.words) == text.pieces[0].total() for text in (ours, theirs))  # every word is one character
-    words = _count_words(ours, alike=alike), _count_words(theirs, alike=alike)
+    words, pieces = count_reference(reference)
+    our_words, our_pieces = tuple(mteval_words(prediction)), "".join(prediction.split())
+    predicted, expected = _totals(our_pieces, CHRF_ORDER), _totals(pieces.tokens, CHRF_ORDER)
+    shared = _shared(our_pieces, pieces)
+    if len(our_words) == predicted[0] and len(words.tokens) == expected[0]:  # every word is one piece
+        of_words = [*predicted[:BLEU_ORDER], *expected[:BLEU_ORDER], *shared[:BLEU_ORDER]]
+    else:
+        of_words = _totals(our_words, BLEU_ORDER) + _totals(words.tokens, BLEU_ORDER) + _shared(our_words, words)
     # chrF does not count pieces of a length that the reference has none of
-    pieces = [some if known else Counter() for some, known in zip(ours.pieces, theirs.pieces, strict=True)]
-    return _numbers(*words) + _numbers(pieces, theirs.pieces)
+    counted = [number if known else 0 for number, known in zip(predicted, expected, strict=True)]
+    return [*of_words, *counted, *expected, *shared]
 
 
-def _numbers(predicted: Sequence[Counter], expected: Sequence[Counter]) -> list[int]:
-    shared = [num_shared(*pair) for pair in zip(predicted, expected, strict=True)]
-    return [counts.total() for counts in (*predicted, *expected)] + shared
+def _totals(tokens: Sequence[str], order: int) -> list[int]:
+    return [max(0, len(tokens) - n) for n in range(order)]
+
+
+def _shared(tokens: Sequence[str], reference: Text) -> list[int]:
+    """How many n-grams both have, by length. Only where a run of n - 1 is shared can one of n be."""
+    starts: Sequence[int] = range(len(tokens))
+    numbers = []
+    for n, known in enumerate(reference.ngrams, 1):
+        starts = [start for start in starts if tokens[start : start + n] in known]
+        found = [tokens[start : start + n] for start in starts]
+        if len(set(found)) < len(found):
+            counts = Counter(found)
+            numbers.append(sum(map(min, counts.values(), map(known.__getitem__, counts))))
+        else:
+            numbers.append(len(found))
+    return numbers
 
 
 def _thirds(numbers: Sequence[int]) -> list[Sequence[int]]:
@@ -86,21 +101,17 @@ def _thirds(numbers: Sequence[int]) -> list[Sequence[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def count_text(text: str) -> Text:
-    """Split and count."""
-    squeezed = "".join(text.split())
-    return Text(tuple(mteval_words(text)), tuple(_ngrams(squeezed, n) for n in range(1, CHRF_ORDER + 1)))
+@lru_cache(maxsize=1 << 12)  # every method of a study has the same references
+def count_reference(text: str) -> tuple[Text, Text]:
+    """Words, and pieces (characters without white space)."""
+    words, squeezed = tuple(mteval_words(text)), "".join(text.split())
+    return Text(words, _ngrams(words, BLEU_ORDER)), Text(squeezed, _ngrams(squeezed, CHRF_ORDER))
 
 
-def _count_words(text: Text, *, alike: bool) -> Counts:
-    return text.pieces[:BLEU_ORDER] if alike else tuple(_ngrams(text.words, n) for n in range(1, BLEU_ORDER + 1))
-
-
-def _ngrams(tokens: Sequence[str], n: int) -> Counter:
-    return Counter([tokens[start : start + n] for start in range(len(tokens) - n + 1)])
-
-
-count_reference = lru_cache(maxsize=1 << 12)(count_text)
+def _ngrams(tokens: Sequence[str], order: int) -> tuple[Counter, ...]:
+    return tuple(
+        Counter([tokens[start : start + n] for start in range(len(tokens) - n + 1)]) for n in range(1, order + 1)
+    )
 
 
 def mteval_words(text: str) -> list[str]:

@@ -41,9 +41,12 @@ def rouge_sets(prediction: Counted, reference: Counted) -> dict[str, float]:
 
 def rouge_multisets(prediction: Counted, reference: Counted) -> dict[str, float]:
     """Score with each n-gram counted as often as it occurs; equals `rouge_score` on the same tokens."""
+    num_ours, num_theirs = len(prediction.tokens), len(reference.tokens)
+    unigrams = _num_shared(prediction.unigrams, reference.unigrams)
+    bigrams = _num_shared(prediction.bigrams, reference.bigrams)
     return {
-        "rouge-1": _f1_of_multisets(prediction.unigrams, reference.unigrams),
-        "rouge-2": _f1_of_multisets(prediction.bigrams, reference.bigrams),
+        "rouge-1": f1(unigrams, num_predicted=num_ours, num_expected=num_theirs),
+        "rouge-2": f1(bigrams, num_predicted=max(0, num_ours - 1), num_expected=max(0, num_theirs - 1)),
         "rouge-l": rouge_l(prediction, reference),
     }
 
@@ -63,12 +66,7 @@ def _f1_of_sets(ours: Counter, theirs: Counter) -> float:
     return f1(len(ours.keys() & theirs.keys()), num_predicted=len(ours), num_expected=len(theirs))
 
 
-def _f1_of_multisets(ours: Counter, theirs: Counter) -> float:
-    overlap = num_shared(ours, theirs)
-    return f1(overlap, num_predicted=ours.total(), num_expected=theirs.total())
-
-
-def num_shared(ours: Counter, theirs: Counter) -> int:
+def _num_shared(ours: Counter, theirs: Counter) -> int:
     """Size of the intersection of two multisets; `(ours & theirs).total()` takes three times as long."""
     shared = ours.keys() & theirs.keys()
     return sum(map(min, map(ours.__getitem__, shared), map(theirs.__getitem__, shared)))
