@@ -14,9 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from finetune import runs
 from finetune.reporting.cells import to_cells
 from finetune.reporting.pages import summary, write_pages
-from finetune.reporting.read import LeftOut, Run, read_all
+from finetune.reporting.read import LeftOut, Run, find, read_all
+from finetune.reporting.rescore import rescore
 from finetune.reporting.tables import reasons_tables, study_tables
 from finetune.reporting.terminal import print_table
 from finetune.reporting.text import one_line
@@ -27,9 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m finetune.report", description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="the folder of the runs, or one below it")
     parser.add_argument("--study", help="only this study")
+    parser.add_argument("--rescore", action="store_true", help="first compute every score again from predictions.jsonl")
     chosen = parser.parse_args(arguments)
+    console = Console(highlight=False)
     try:
-        return report(chosen.root, study=chosen.study, console=Console(highlight=False))
+        if chosen.rescore:
+            rescore_study(chosen.root, study=chosen.study, console=console)
+        return report(chosen.root, study=chosen.study, console=console)
     except BrokenPipeError:  # `... | head`
         return 0
     except (OSError, ValueError) as error:
@@ -41,26 +47,36 @@ def report(root: Path, *, study: str | None, console: Console) -> int:
     """Write and print the report of every study below the root (or of one). Raises ValueError for a wrong request."""
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; runs are written to multirun")
-    runs, left_out = read_all(root)
-    if not runs and not left_out:
+    found, left_out = read_all(root)
+    if not found and not left_out:
         console.print(Text(f"no runs yet: {root} holds no folder with a config.yaml"))
         return 0
-    studies = by_study(runs, left_out=left_out, root=root)
+    studies = by_study(found, left_out=left_out, root=root)
     if study is not None and study not in [folder.name for folder in studies]:
         names = ", ".join(sorted(folder.name for folder in studies))
         raise ValueError(f"no study {study!r} in {root}; there are: {names}")
     for folder, (own_runs, own_left_out) in studies.items():
         if study in (None, folder.name):
-            _report_study(folder, runs=own_runs, left_out=own_left_out, console=console)
+            _report_study(folder, found=own_runs, left_out=own_left_out, console=console)
     return 0
 
 
+def rescore_study(root: Path, *, study: str | None, console: Console) -> None:
+    """Score the predictions of all done runs again, of one study or of all, saying which folders could not be."""
+    done = [folder for folder in find(root) if runs.state(folder) == "done"]
+    chosen = [folder for folder in done if study in (None, study_folder(folder, root=root).name)]
+    problems = [(folder, problem) for folder, problem in rescore(chosen) if problem]
+    for folder, problem in problems:
+        console.print(Text(one_line(f"not scored again: {folder}: {problem}")), soft_wrap=True)
+    console.print(Text(f"scored again: {len(chosen) - len(problems)} of {len(chosen)} done runs"))
+
+
 def by_study(
-    runs: Sequence[Run], *, left_out: Sequence[LeftOut], root: Path
+    found: Sequence[Run], *, left_out: Sequence[LeftOut], root: Path
 ) -> dict[Path, tuple[list[Run], list[LeftOut]]]:
     """The runs and unreadable folders of each study's folder, which is where its report goes."""
     studies: dict[Path, tuple[list[Run], list[LeftOut]]] = defaultdict(lambda: ([], []))
-    for run in runs:
+    for run in found:
         studies[study_folder(run.folder, root=root)][0].append(run)
     for item in left_out:
         studies[study_folder(item.folder, root=root)][1].append(item)
@@ -73,15 +89,15 @@ def study_folder(folder: Path, *, root: Path) -> Path:
     return above[3] if len(above) > 3 and above[3].is_relative_to(root) else root
 
 
-def _report_study(folder: Path, *, runs: Sequence[Run], left_out: Sequence[LeftOut], console: Console) -> None:
-    cells = to_cells(runs)
+def _report_study(folder: Path, *, found: Sequence[Run], left_out: Sequence[LeftOut], console: Console) -> None:
+    cells = to_cells(found)
     tables = [*study_tables(cells), *reasons_tables(cells)]
     for table in tables:
         print_table(table, console=console)
     for item in left_out:
         console.print(Text(one_line(f"left out: {item.folder}: {item.reason}")), soft_wrap=True)
-    pages = write_pages(folder, tables=tables, found=runs, left_out=left_out)
-    console.print(Text(f"{summary(runs, left_out=left_out)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
+    pages = write_pages(folder, tables=tables, found=found, left_out=left_out)
+    console.print(Text(f"{summary(found, left_out=left_out)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from typing import Any
 import datasets
 import evaluate
 
-from finetune.scores.predictions import mean_rouge
+from finetune.scores.conventions import mean_rouge
 
-DESCRIPTION = "ROUGE-1/2/L F1 in percent by jieba words; n-grams counted as sets, and with `-multiset` as multisets."
+DESCRIPTION = "ROUGE-1/2/L F1 in percent: jieba words, sets of n-grams; `-char`: characters; `-multiset`: multisets."
 CITATION = """@inproceedings{lin-2004-rouge, title = "{ROUGE}: A Package for Automatic Evaluation of Summaries",
 author = "Lin, Chin-Yew", booktitle = "Text Summarization Branches Out", year = "2004"}"""
 

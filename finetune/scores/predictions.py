@@ -1,65 +1,72 @@
-"""Predictions -> the scores of each row, and their means by task. Everything is a percentage, rounded nowhere."""
+"""Predictions -> the scores of each row and of each task. Everything is in percent, rounded nowhere."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from finetune.scores import health
-from finetune.scores.rouge import rouge_multisets, rouge_sets
-from finetune.scores.segment import segment
+from finetune.scores import health, kinds
+from finetune.scores.conventions import rouge
+from finetune.scores.overlap import bleu_and_chrf, count_overlap
+from finetune.scores.provenance import provenance
 
-Scores = dict[str, float]
+Row = Mapping[str, Any]
 
 
-def score_rows(predictions: Sequence[Mapping[str, Any]]) -> list[Scores]:
-    """Score each prediction (`prediction`, `reference`, `finish_reason`) by itself, in the order given."""
+def score_rows(predictions: Sequence[Row]) -> list[dict[str, Any]]:
+    """Score each prediction (a line of predictions.jsonl, without its scores) by itself, in the order given."""
     return [score_row(row) for row in predictions]
 
 
-def score_row(row: Mapping[str, Any]) -> Scores:
-    """Score one prediction against its reference."""
+def score_row(row: Row) -> dict[str, Any]:
+    """Score one prediction; `kind`, `task` and `choices` decide what is added to the scores that every row has."""
     prediction, reference = row["prediction"], row["reference"]
+    foreign = health.not_chinese(prediction, reference)
     return {
-        **rouge_by_words(prediction, reference),
+        **rouge(prediction, reference),
         "exact": health.exact(prediction, reference),
         "empty": health.empty(prediction),
         "never_stopped": health.never_stopped(row["finish_reason"]),
         "looping": health.looping(prediction),
+        **({} if foreign is None else {"not_chinese": foreign}),
+        **kinds.score_row(row),
+        "overlap": count_overlap(prediction, reference),
     }
 
 
-def rouge_by_words(prediction: str, reference: str) -> Scores:
-    """ROUGE-1/2/L by jieba words: `rouge-1` by sets of n-grams, `rouge-1-multiset` by multisets."""
-    ours, theirs = segment(prediction), segment(reference)
-    by_multisets = rouge_multisets(_visible(ours), _visible(theirs))
-    return rouge_sets(ours, theirs) | {f"{name}-multiset": score for name, score in by_multisets.items()}
+def aggregate(predictions: Sequence[Row]) -> dict[str, Any]:
+    """Scores by task name in `tasks`, and in `mean` the plain mean over the tasks that have a score (`num_rows`: sum).
 
-
-def mean_rouge(predictions: Sequence[str], *, references: Sequence[str]) -> Scores:
-    """`rouge_by_words`, averaged over the pairs."""
-    return _means([rouge_by_words(*pair) for pair in zip(predictions, references, strict=True)])
-
-
-def _visible(tokens: Sequence[str]) -> list[str]:
-    return [token for token in tokens if not token.isspace()]
-
-
-def aggregate(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean scores: `tasks` by task name, and `mean`, the plain mean over the tasks (of `num_rows` the sum).
-
-    Rows that carry their `scores` are believed; the others are scored here.
+    Rows that carry their `scores` are believed; the others are scored here. `scorer` says what the scores mean.
     """
-    by_task: dict[str, list[Scores]] = defaultdict(list)
+    by_task: dict[str, list[Row]] = defaultdict(list)
     for row in predictions:
-        by_task[row["task"]].append(row.get("scores") or score_row(row))
-    tasks = {task: _means(rows) | {"num_rows": len(rows)} for task, rows in sorted(by_task.items())}
-    return {"mean": _means(list(tasks.values())) | {"num_rows": len(predictions)}, "tasks": tasks}
+        by_task[row["task"]].append(row if row.get("scores") else {**row, "scores": score_row(row)})
+    tasks = {task: _score_task(rows) for task, rows in sorted(by_task.items())}
+    return {"mean": _means(tasks.values()) | {"num_rows": len(predictions)}, "tasks": tasks, "scorer": provenance()}
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The mean of each score over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: fmean(row[name] for row in rows if name in row) for name in names}
+def _score_task(rows: Sequence[Row]) -> dict[str, Any]:
+    """The means of the row scores, and what is no mean: corpus scores, F1 over all rows, the official score."""
+    predictions, references = ([row[side] for row in rows] for side in ("prediction", "reference"))
+    return {
+        **_means(row["scores"] for row in rows),
+        **bleu_and_chrf(
+            row["scores"].get("overlap") or count_overlap(row["prediction"], row["reference"]) for row in rows
+        ),
+        "length": health.length(predictions, references=references),
+        **kinds.score_task(rows),
+        "num_rows": len(rows),
+    }
+
+
+def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of each number over the rows that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                values[name].append(value)
+    return {name: fmean(numbers) for name, numbers in values.items()}

@@ -30,3 +30,23 @@ def test_flags_are_percentages():
     assert (health.never_stopped("length"), health.never_stopped("stop")) == (100, 0)
     assert (health.empty(" \n"), health.empty("无")) == (100, 0)
     assert (health.exact("是的 ", "是的"), health.exact("是", "是的")) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("多喝水", "多休息", 0),
+        ("drink water", "多休息", 100),
+        ("多喝 water", "多休息", 100 * 5 / 7),
+        ("37.5，！", "多休息", 0),
+        ("drink water", "rest", None),
+        ("多喝水", "12", None),
+    ],
+)
+def test_not_chinese_where_the_reference_is(prediction, reference, expected):
+    assert health.not_chinese(prediction, reference) == (None if expected is None else pytest.approx(expected))
+
+
+def test_length_is_of_all_rows_together():
+    assert health.length(["多喝水", ""], references=["多休息", "好"]) == 75
+    assert health.length([], references=[]) == 0

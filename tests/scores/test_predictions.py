@@ -3,12 +3,13 @@ import json
 import pytest
 
 from finetune.scores import aggregate, score_rows
-from finetune.scores.predictions import mean_rouge
+from finetune.scores.conventions import mean_rouge
 
 NAMES = {
-    *(f"rouge-{kind}{suffix}" for kind in "12l" for suffix in ("", "-multiset")),
-    *("exact", "empty", "never_stopped", "looping"),
+    *(f"rouge-{kind}{suffix}" for kind in "12l" for suffix in ("", "-multiset", "-char", "-char-multiset")),
+    *("exact", "empty", "never_stopped", "looping", "not_chinese"),
 }
+OF_A_TASK = {"bleu-4", "chrf", "length", "num_rows"}
 
 
 def row(prediction, reference="患者发热", *, task="CLINIC-NER", finish_reason="stop"):
@@ -17,7 +18,7 @@ def row(prediction, reference="患者发热", *, task="CLINIC-NER", finish_reaso
 
 def test_every_row_has_every_score():
     first, second = score_rows([row("患者发热"), row("", finish_reason="length")])
-    assert first.keys() == second.keys() == NAMES
+    assert first.keys() == second.keys() == NAMES | {"overlap"}
     assert first["rouge-l"] == first["exact"] == 100
     assert (second["rouge-1"], second["empty"], second["never_stopped"]) == (0, 100, 100)
 
@@ -36,7 +37,7 @@ def test_the_mean_is_over_tasks_not_rows():
         "CLINIC-NER": 1,
         "CLINIC-REPORT": 3,
     }
-    assert scores["tasks"]["CLINIC-NER"].keys() == scores["mean"].keys() == NAMES | {"num_rows"}
+    assert scores["tasks"]["CLINIC-NER"].keys() == scores["mean"].keys() == NAMES | OF_A_TASK
 
 
 def test_row_scores_are_used_and_json_keeps_them():
@@ -46,7 +47,7 @@ def test_row_scores_are_used_and_json_keeps_them():
 
 
 def test_no_rows():
-    assert aggregate([]) == {"mean": {"num_rows": 0}, "tasks": {}}
+    assert aggregate([]) | {"scorer": ...} == {"mean": {"num_rows": 0}, "tasks": {}, "scorer": ...}
 
 
 def test_mean_rouge_wants_pairs():

@@ -4,8 +4,10 @@ import random
 
 import pytest
 
-from finetune.scores.rouge import common_subsequence_length, rouge_multisets, rouge_sets
-from finetune.scores.segment import segment, words
+from finetune.scores import rouge
+from finetune.scores.conventions import rouge as rouge_of_texts
+from finetune.scores.conventions import sentence_words
+from finetune.scores.segment import words
 
 THIRD, TWO_THIRDS = 33.333333333, 66.666666667
 # prediction, reference, ROUGE-1/2/L by sets, by multisets; jieba's words are listed by `test_segmentation`
@@ -40,10 +42,9 @@ NAMES = ("rouge-1", "rouge-2", "rouge-l")
 @pytest.mark.parametrize("case", BY_HAND)
 def test_twenty_pairs_by_hand(case):
     prediction, reference, by_sets, by_multisets = BY_HAND[case]
-    found = rouge_sets(segment(prediction), segment(reference))
-    assert found == pytest.approx(dict(zip(NAMES, by_sets, strict=True)), abs=1e-6)
-    found = rouge_multisets(words(prediction), words(reference))
-    assert found == pytest.approx(dict(zip(NAMES, by_multisets, strict=True)), abs=1e-6)
+    found = rouge_of_texts(prediction, reference)
+    assert [found[name] for name in NAMES] == pytest.approx(by_sets, abs=1e-6)
+    assert [found[f"{name}-multiset"] for name in NAMES] == pytest.approx(by_multisets, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -93,16 +94,22 @@ def random_pairs(*, num_pairs, seed):
     return [(text(), text()) for _ in range(num_pairs)]
 
 
+def sets(prediction, reference):
+    return rouge.rouge_sets(rouge.count(sentence_words(prediction)), rouge.count(sentence_words(reference)))
+
+
+def multisets(prediction, reference):
+    return rouge.rouge_multisets(rouge.count(prediction), rouge.count(reference))
+
+
 def test_sets_equal_rouge_chinese():
-    rouge_chinese = pytest.importorskip("rouge_chinese")
-    scorer = rouge_chinese.Rouge()
+    scorer = pytest.importorskip("rouge_chinese").Rouge()
     num_compared = 0
     for prediction, reference in random_pairs(num_pairs=1000, seed=1):
         if not "".join(prediction).strip() or not "".join(reference).strip():
             continue  # it raises ValueError
         [theirs] = scorer.get_scores([" ".join(prediction)], [" ".join(reference)])
-        ours = rouge_sets(prediction, reference)
-        assert ours == pytest.approx({name: 100 * theirs[name]["f"] for name in NAMES}, abs=1e-6)
+        assert sets(prediction, reference) == pytest.approx({n: 100 * theirs[n]["f"] for n in NAMES}, abs=1e-6)
         num_compared += 1
     assert num_compared > 900
 
@@ -117,12 +124,12 @@ def test_multisets_equal_rouge_score():
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Spaces())
     for prediction, reference in random_pairs(num_pairs=1000, seed=2):
         theirs = scorer.score(" ".join(reference), " ".join(prediction))
-        ours = rouge_multisets(" ".join(prediction).split(), " ".join(reference).split())
+        ours = multisets(" ".join(prediction).split(), " ".join(reference).split())
         assert list(ours.values()) == pytest.approx([100 * score.fmeasure for score in theirs.values()], abs=1e-6)
 
 
-@pytest.mark.parametrize("score", [rouge_sets, rouge_multisets])
-def test_symmetric_bounded_and_one_for_itself(score):
+@pytest.mark.parametrize("score", [sets, multisets])
+def test_symmetric_bounded_and_all_for_itself(score):
     for prediction, reference in random_pairs(num_pairs=200, seed=3):
         visible = [token for token in reference if token.strip()] + ["发热", "无"]
         assert score(prediction, reference) == score(reference, prediction)
@@ -130,18 +137,44 @@ def test_symmetric_bounded_and_one_for_itself(score):
         assert set(score(visible, visible).values()) == {100.0}
 
 
-def test_ten_thousand_characters():
+def test_ten_thousand_tokens():
     dice = random.Random(4)
     long, other = ([dice.choice("发热咳嗽头痛无有") for _ in range(10_000)] for _ in range(2))
-    assert rouge_sets(long, long)["rouge-l"] == 100
-    assert 40 < rouge_multisets(long, other)["rouge-l"] < 80
+    assert sets(long, long)["rouge-l"] == 100
+    assert 40 < multisets(long, other)["rouge-l"] < 80
+    assert rouge_of_texts("".join(long), "".join(long))["rouge-l-char-multiset"] == 100
 
 
-def test_common_subsequence_equals_the_table():
+def test_longest_common_subsequence_equals_the_table():
     for left, right in random_pairs(num_pairs=300, seed=5):
         row = [0] * (len(right) + 1)
         for token in left:
             above = row[:]
             for column, other in enumerate(right):
                 row[column + 1] = above[column] + 1 if token == other else max(above[column + 1], row[column])
-        assert common_subsequence_length(left, right) == row[-1]
+        found = rouge.rouge_l(rouge.count(left), rouge.count(right))
+        assert found == pytest.approx(200 * row[-1] / (len(left) + len(right)))
+
+
+CLASSIC = {
+    "reference eight times, words": ("发热，" * 8, "发热，", "", (100, 66.666667, 22.222222)),
+    "reference eight times, characters": ("发热，" * 8, "发热，", "-char", (100, 80, 22.222222)),
+    "reference eight times, character multisets": (
+        "发热，" * 8,
+        "发热，",
+        "-char-multiset",
+        (22.222222, 16, 22.222222),
+    ),
+    "characters know no words": ("天安门", "安天门", "-char", (100, 0, 66.666667)),
+    "letters are lower-cased by character": ("CT显示", "ct显示", "-char", (100, 100, 100)),
+    "and not by word": ("CT显示", "ct显示", "", (50, 0, 50)),
+    "no Chinese": ("the cat", "a cat sat", "-char", (40, 0, 40)),
+    "identical": ("诊断：肺炎\n\n建议：住院", "诊断：肺炎\n\n建议：住院", "", (100, 100, 100)),
+}
+
+
+@pytest.mark.parametrize("case", CLASSIC)
+def test_conventions(case):
+    prediction, reference, suffix, expected = CLASSIC[case]
+    found = rouge_of_texts(prediction, reference)
+    assert [found[name + suffix] for name in NAMES] == pytest.approx(expected, abs=1e-6)

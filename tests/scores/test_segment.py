@@ -1,8 +1,38 @@
 import os
+import random
 import subprocess
 import sys
 
+import pytest
+
+from finetune.scores import segment as module
 from finetune.scores.segment import segment, words
+
+PIECES = ["发热", "咳嗽三天", "CT", "B超", "37.5℃", "3-4天", "a_b", "AT&T", "c++", "℃", "，", "。", "\n", "\r\n", " ", "㐀", "①",
+          "乒乓球拍卖完了", "小明硕士毕业于中国科学院", "常在某特殊年龄段起病", "阿莫西林", "γ", "1", "x", "我", "亇"]  # fmt: skip
+
+
+def random_texts(*, num_texts, seed):
+    dice = random.Random(seed)
+    ideographs = [chr(code) for code in range(0x4E00, 0x9FA5)]
+    for _ in range(num_texts):
+        pieces = [
+            dice.choice([*PIECES, dice.choice(ideographs), dice.choice(ideographs)]) for _ in range(dice.randint(1, 30))
+        ]
+        yield "".join(pieces)
+
+
+@pytest.mark.parametrize("with_lookup", [True, False], ids=["rjieba", "jieba alone"])
+def test_words_are_those_of_jieba(with_lookup, monkeypatch):
+    if with_lookup:
+        pytest.importorskip("rjieba")
+    else:
+        monkeypatch.setattr(module, "_lookup", lambda: None)
+    module._clause_words.cache_clear()
+    tokenizer = module._segmenter()
+    for text in random_texts(num_texts=1500, seed=1):
+        assert segment(text) == tokenizer.lcut(text)
+    module._clause_words.cache_clear()
 
 
 def test_nothing_is_lost_but_white_space():
