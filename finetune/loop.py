@@ -36,7 +36,9 @@ class Feeder:
     def batches(self, examples: Sequence[Example]) -> list[Batch]:
         """Batches of one forward pass each that hold all of `examples`."""
         if self.packed:
-            found = [pack(part, loss_on=self.loss_on) for part in _bounded(examples, limit=PACK_TOKENS[self.device.type])]
+            found = [
+                pack(part, loss_on=self.loss_on) for part in _bounded(examples, limit=PACK_TOKENS[self.device.type])
+            ]
         else:
             found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in group(examples)]
         return [batch.to(self.device) for batch in found]
@@ -90,6 +92,8 @@ class Loop:
     def run(self, model: Any, *, validate: Callable[[Any], float], record: Callable[[dict[str, Any]], None]) -> Any:
         """Train; `record` gets every step's numbers. Returns the unwrapped model."""
         optimizer = self._optimizer(model)
+        weights = list(trainable(model))  # walking the modules costs as much as a small layer
+        base = model
         model, optimizer = self.accelerator.prepare(model, optimizer)
         schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, len(self.steps), self.optim))
         validations = _spaced(self.optim["validations"], len(self.steps))
@@ -97,7 +101,13 @@ class Loop:
         clock = _Clock()
         for number, rows in enumerate(self.steps, start=1):
             rate = schedule.get_last_lr()[0]
-            loss, norm = self._step(model, optimizer, rows, number)
+            summed, count = self._gradients(model, base, rows)
+            norm = float(self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf))
+            loss = float(self.accelerator.reduce(summed)) / count
+            self._refuse_not_finite(loss, norm, rows=rows, step=number)
+            optimizer.step()
+            self.method.after_step(base, number)
+            optimizer.zero_grad()
             schedule.step()
             clock.add(sum(len(self.examples[row].ids) for row in rows))
             line = {"step": number, "num_steps": len(self.steps), "loss": loss, "lr": rate, "gradient_norm": norm}
@@ -106,7 +116,7 @@ class Loop:
                 with clock.paused():
                     line["valid_loss"] = validate(model)
             record(line)
-        return self.accelerator.unwrap_model(model)
+        return base
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         arguments = {k: v for k, v in self.optim["optimizer"].items() if k != "_target_"}
@@ -115,14 +125,12 @@ class Loop:
         optimizer: torch.optim.Optimizer = instantiate({"_target_": target, "_partial_": True})(groups, **arguments)
         return optimizer
 
-    def _step(self, model: Any, optimizer: Any, rows: Sequence[int], number: int) -> tuple[float, float]:
-        """One optimizer step on `rows`: the mean loss per supervised token of the whole step, and the gradient norm."""
+    def _gradients(self, model: Any, base: Any, rows: Sequence[int]) -> tuple[Tensor, int]:
+        """Gradients of the step's mean loss per supervised token; this process's summed loss, and the step's tokens."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        loss_on = self.feeder.loss_on
-        count = sum(len(supervised(self.examples[row], loss_on=loss_on)) for row in rows)
+        count = sum(len(supervised(self.examples[row], loss_on=self.feeder.loss_on)) for row in rows)
         batches = self._share(rows[rank::ranks])
         summed = torch.zeros((), device=self.accelerator.device)
-        base = self.accelerator.unwrap_model(model)
         for batch in batches:
             last = batch is batches[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model), _attending(base, self.feeder):
@@ -130,15 +138,12 @@ class Loop:
                 summed += loss.detach()
                 penalty = self.method.penalty(base) if last else 0.0
                 self.accelerator.backward(loss * (ranks / count) + penalty)
-        mean = float(self.accelerator.reduce(summed)) / count
-        limit = self.optim["max_grad_norm"] or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(list(trainable(model)), limit))
-        if not math.isfinite(mean) or (not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"):
-            raise FloatingPointError(f"step {number}: loss {mean}, gradient norm {norm}; rows {list(rows)[:8]}")
-        optimizer.step()
-        self.method.after_step(base, number)
-        optimizer.zero_grad()
-        return mean, norm
+        return summed, count
+
+    def _refuse_not_finite(self, loss: float, norm: float, *, rows: Sequence[int], step: int) -> None:
+        """Under float16 a gradient may overflow: its scaler skips that step."""
+        if not math.isfinite(loss) or (not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"):
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; rows {list(rows)[:8]}")
 
     def _share(self, rows: Sequence[int]) -> list[Batch]:
         """This process's batches, at least one for each micro-batch."""
