@@ -18,6 +18,7 @@ from typing import Any
 import filelock
 import tokenizers
 import torch
+import tqdm
 import transformers
 from torch import Tensor
 
@@ -26,36 +27,44 @@ from finetune.models import start
 from finetune.models.muon import Muon
 
 EOS, PAD = "<eos>", "<pad>"
+VERSION = 1  # raised when code below or in `start` or `muon` changes what a recipe gives
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that a miniature is made from; lengths in tokens, rates of Muon (matrices) and AdamW (the rest)."""
+    """All that a miniature is made from; lengths in tokens, rates of Muon (matrices) and of AdamW (the rest)."""
 
     architecture: str
+    extends: "Recipe | None" = None  # the base whose vocabulary grows and whose pretraining goes on
     width: int = 128
     num_layers: int = 3
     num_heads: int = 4
     num_kv_heads: int = 2
     feed_forward: int = 256
-    vocabulary: int = 1280
+    vocabulary: int = 1280  # the text has no more than about 1040 tokens to learn
     tokenizer_documents: int = 4000
     num_steps: int = 500
     rows: int = 8
     length: int = 128
-    matrix_lr: float = 0.02
-    other_lr: float = 0.02
-    warmup: float = 0.05
+    matrix_lr: float = 0.012
+    other_lr: float = 0.01
     seed: int = 0
-    version: int = 1
 
     def key(self) -> str:
         """The hash of every constant and of the versions of the generators."""
-        parts = {**dataclasses.asdict(self), "clinic": clinic.VERSION, "corpus": corpus.VERSION}
+        parts = [dataclasses.asdict(self), VERSION, clinic.VERSION, corpus.VERSION]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-RECIPES = {name: Recipe(name) for name in ("qwen", "llama", "chatglm", "bloom", "chinese_llama")}
+_LLAMA = Recipe("llama", vocabulary=880)
+RECIPES = {
+    "qwen": Recipe("qwen"),
+    "llama": _LLAMA,
+    "chatglm": Recipe("chatglm"),
+    "bloom": Recipe("bloom", matrix_lr=0.01, other_lr=0.006),
+    # As Chinese-LLaMA does (Cui et al. 2023, arXiv:2304.08177): more tokens for Chinese words, then more pretraining.
+    "chinese_llama": Recipe("llama", extends=_LLAMA, num_steps=150, matrix_lr=0.005, other_lr=0.005, seed=1),
+}
 
 
 def cache_folder() -> Path:
@@ -69,34 +78,38 @@ def build(architecture: str, *, cache: Path | None = None, log: Callable[[str], 
     """The folder of that miniature, made now if it is not there yet."""
     if architecture not in RECIPES:
         raise ValueError(f"no miniature of {architecture!r}; there are {', '.join(RECIPES)}")
-    return make(RECIPES[architecture], cache=cache or cache_folder(), log=log)
+    return make(RECIPES[architecture], name=architecture, cache=cache or cache_folder(), log=log)
 
 
-def make(recipe: Recipe, *, cache: Path, log: Callable[[str], Any] = print) -> Path:
+def make(recipe: Recipe, *, name: str, cache: Path, log: Callable[[str], Any] = print) -> Path:
     """The folder of the recipe's base under `cache`; of several processes that want it one makes it."""
-    folder = cache / "miniatures" / f"{recipe.architecture}-{recipe.key()}"
+    folder = cache / "miniatures" / f"{name}-{recipe.key()}"
     if folder.exists():
         return folder
+    base = make(recipe.extends, name=recipe.extends.architecture, cache=cache, log=log) if recipe.extends else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.exists():
             draft = folder.with_name(f"{folder.name}.draft")
-            shutil.rmtree(draft, ignore_errors=True)
-            _write(recipe, draft, cache=cache, log=log)
+            shutil.rmtree(draft, ignore_errors=True)  # what a killed process left
+            _write(recipe, draft, base=base, log=log)
             draft.rename(folder)
     return folder
 
 
-def _write(recipe: Recipe, folder: Path, *, cache: Path, log: Callable[[str], Any]) -> None:
-    start = time.monotonic()
+def _write(recipe: Recipe, folder: Path, *, base: Path | None, log: Callable[[str], Any]) -> None:
+    began = time.monotonic()
+    log(f"making {folder.stem}: {recipe.num_steps} steps of {recipe.rows * recipe.length} tokens")
     tokenizer = _tokenizer(recipe)
-    model = _model(recipe, tokenizer=tokenizer)
-    loss = _pretrain(model, tokenizer=tokenizer, recipe=recipe, log=log)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = _extended(base, tokenizer=tokenizer) if base else _fresh(recipe, tokenizer=tokenizer)
+        loss = _pretrain(model, tokenizer=tokenizer, recipe=recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=1) + "\n")
-    num_millions = model.num_parameters() / 1e6
-    log(f"made {folder.name}: {num_millions:.2f} M parameters, loss {loss:.3f}, {time.monotonic() - start:.0f} s")
+    num_millions, seconds = model.num_parameters() / 1e6, time.monotonic() - began
+    log(f"made {folder.stem}: {num_millions:.2f} M parameters, loss {loss:.3f} nats a token, {seconds:.0f} s")
 
 
 def _tokenizer(recipe: Recipe) -> Any:
@@ -115,14 +128,14 @@ def _tokenizer(recipe: Recipe) -> Any:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = "\n".join(itertools.islice(corpus.documents(seed=recipe.seed), recipe.tokenizer_documents))
+    text = "\n".join(itertools.islice(corpus.documents(seed=0), recipe.tokenizer_documents))
     # Whole characters first: else a merge takes the end of one and the start of the next, and words break beside it.
-    letters = itertools.chain.from_iterable([letter] * 2000 for letter in sorted(set(texts)))
-    bpe.train_from_iterator(itertools.chain(letters, corpus.words(texts)), trainer)
+    letters = itertools.chain.from_iterable([letter] * 2000 for letter in sorted(set(text)))
+    bpe.train_from_iterator(itertools.chain(letters, corpus.words(text)), trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
 
 
-def _model(recipe: Recipe, *, tokenizer: Any) -> Any:
+def _fresh(recipe: Recipe, *, tokenizer: Any) -> Any:
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": recipe.width,
@@ -140,57 +153,69 @@ def _model(recipe: Recipe, *, tokenizer: Any) -> Any:
         "head_dim": recipe.width // recipe.num_heads,
         "max_position_embeddings": 2048,
     }
-    slow = {"rope_type": "default", "rope_theta": 1e6}
+    slow = {"rope_type": "default", "rope_theta": 1e6}  # Qwen2.5's; Llama 3's is half of it
     configs: dict[str, Callable[[], Any]] = {
         "qwen": lambda: transformers.Qwen2Config(**rotary, rope_parameters=slow),
         "llama": lambda: transformers.LlamaConfig(**rotary, rope_parameters=slow),
         "chatglm": lambda: transformers.GlmConfig(**rotary, attention_bias=True),
         "bloom": lambda: transformers.BloomConfig(**shape),
-        "chinese_llama": lambda: transformers.LlamaConfig(**rotary, rope_parameters=slow),
     }
-    torch.manual_seed(recipe.seed)
     model = transformers.AutoModelForCausalLM.from_config(configs[recipe.architecture](), dtype=torch.float32)
     start.copying(model)
+    return model
+
+
+@torch.no_grad()
+def _extended(base: Path, *, tokenizer: Any) -> Any:
+    """The base with a row for every token that its own tokenizer lacks: the mean of the rows of its pieces."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    old = transformers.AutoTokenizer.from_pretrained(base)
+    known = old.get_vocab().items()
+    assert known <= tokenizer.get_vocab().items(), "old tokens keep their ids"
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for rows in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        for place in range(len(old), len(tokenizer)):
+            rows[place] = rows[old(tokenizer.decode([place])).input_ids].mean(0)
     return model
 
 
 def _batches(tokenizer: Any, *, recipe: Recipe) -> Iterator[Tensor]:
     """Endless (rows, length) token ids: documents, each with its end, one after the other."""
     ids: list[int] = []
+    size = recipe.rows * recipe.length
     for text in corpus.documents(seed=recipe.seed):
         ids += [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-        size = recipe.rows * recipe.length
         if len(ids) >= size:
             yield torch.tensor(ids[:size]).view(recipe.rows, recipe.length)
             ids = ids[size:]
 
 
-def _pretrain(model: Any, *, tokenizer: Any, recipe: Recipe, log: Callable[[str], Any]) -> float:
+def _pretrain(model: Any, *, tokenizer: Any, recipe: Recipe) -> float:
     """Train on the generated text; the mean loss of the last twenty steps, in nats a token."""
-    body = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for p in model.parameters() if all(p is not other for other in body)]
-    muon = Muon(body, lr=recipe.matrix_lr)
-    adamw = torch.optim.AdamW(rest, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    model.train()
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in ends]
+    optimizers = (
+        Muon(matrices, lr=recipe.matrix_lr),
+        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, _schedule(recipe.num_steps)) for o in optimizers]
     losses = []
-    for step, ids in enumerate(itertools.islice(_batches(tokenizer, recipe=recipe), recipe.num_steps)):
-        scale = _schedule(step / recipe.num_steps, warmup=recipe.warmup)
-        for optimizer, lr in ((muon, recipe.matrix_lr), (adamw, recipe.other_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
+    batches = itertools.islice(_batches(tokenizer, recipe=recipe), recipe.num_steps)
+    model.train()
+    for ids in tqdm.tqdm(batches, total=recipe.num_steps, desc=recipe.architecture, disable=None, leave=False):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adamw):
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
-            optimizer.zero_grad()
+            schedule.step()
+        model.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 25 == 0:
-            log(f"{recipe.architecture} {step + 1}/{recipe.num_steps} steps, loss {losses[-1]:.3f}")
     model.eval()
     return sum(losses[-20:]) / len(losses[-20:])
 
 
-def _schedule(done: float, *, warmup: float) -> float:
-    """Linear up, then linear down to a twentieth."""
-    return min(1.0, (done + 1e-3) / warmup) * max(0.05, 1 - max(0.0, done - warmup) / (1 - warmup))
+def _schedule(num_steps: int) -> Callable[[int], float]:
+    """Up in a twentieth of the steps, then linearly down to nothing."""
+    return lambda step: min((step + 1) / num_steps * 20, (num_steps - step) / num_steps / 0.95, 1.0)

@@ -32,7 +32,8 @@ class Muon(torch.optim.Optimizer):
     def _direction(self, matrix: Tensor, *, momentum: float) -> Tensor:
         """Nesterov's momentum."""
         state = self.state[matrix]
-        average = state.setdefault("average", torch.zeros_like(matrix))
+        average: Tensor = state.setdefault("average", torch.zeros_like(matrix))
+        assert matrix.grad is not None
         average.lerp_(matrix.grad, 1 - momentum)
         return matrix.grad.lerp(average, momentum)
 
