@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune import runs
-from finetune.reporting.cells import to_cells
-from finetune.reporting.pages import summary, write_pages
+from finetune.reporting.columns import CONVENTIONS
+from finetune.reporting.pages import csv_page, markdown_page
 from finetune.reporting.read import LeftOut, Run, find, read_all
 from finetune.reporting.rescore import rescore
-from finetune.reporting.tables import reasons_tables, study_tables
+from finetune.reporting.study import Study, make_study, summary, tables
 from finetune.reporting.terminal import print_table
 from finetune.reporting.text import one_line
 
@@ -30,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", type=Path, help="the folder of the runs, or one below it")
     parser.add_argument("--study", help="only this study")
     parser.add_argument("--rescore", action="store_true", help="first compute every score again from predictions.jsonl")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="words", help="how the report counts ROUGE")
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:
         if chosen.rescore:
             rescore_study(chosen.root, study=chosen.study, console=console)
-        return report(chosen.root, study=chosen.study, console=console)
+        return report(chosen.root, study=chosen.study, convention=chosen.convention, console=console)
     except BrokenPipeError:  # `... | head`
         return 0
     except (OSError, ValueError) as error:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def report(root: Path, *, study: str | None, console: Console) -> int:
+def report(root: Path, *, study: str | None, convention: str, console: Console) -> int:
     """Write and print the report of every study below the root (or of one). Raises ValueError for a wrong request."""
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; runs are written to multirun")
@@ -57,7 +58,10 @@ def report(root: Path, *, study: str | None, console: Console) -> int:
         raise ValueError(f"no study {study!r} in {root}; there are: {names}")
     for folder, (own_runs, own_left_out) in studies.items():
         if study in (None, folder.name):
-            _report_study(folder, found=own_runs, left_out=own_left_out, console=console)
+            made = make_study(folder, runs=own_runs, left_out=own_left_out, convention=convention)
+            print_study(made, console=console)
+            pages = write_pages(made)
+            console.print(Text(f"{summary(made)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
     return 0
 
 
@@ -89,15 +93,21 @@ def study_folder(folder: Path, *, root: Path) -> Path:
     return above[3] if len(above) > 3 and above[3].is_relative_to(root) else root
 
 
-def _report_study(folder: Path, *, found: Sequence[Run], left_out: Sequence[LeftOut], console: Console) -> None:
-    cells = to_cells(found)
-    tables = [*study_tables(cells), *reasons_tables(cells)]
-    for table in tables:
-        print_table(table, console=console)
-    for item in left_out:
+def print_study(study: Study, *, console: Console) -> None:
+    """Print the tables, without details, and the folders that cannot be read."""
+    for table in tables(study):
+        if not table.is_detail:
+            print_table(table, console=console)
+    for item in study.left_out:
         console.print(Text(one_line(f"left out: {item.folder}: {item.reason}")), soft_wrap=True)
-    pages = write_pages(folder, tables=tables, found=found, left_out=left_out)
-    console.print(Text(f"{summary(found, left_out=left_out)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
+
+
+def write_pages(study: Study) -> list[Path]:
+    """Write the report's files into the study's folder, each by rename; returns their paths."""
+    pages = {"report.md": markdown_page(study), "report.csv": csv_page(study)}
+    for name, page in pages.items():
+        runs.write_text(study.folder / name, page)
+    return [study.folder / name for name in pages]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Run:
     scores: Mapping[str, Numbers] = field(default_factory=dict)  # by row task, and "mean"
     cost: Numbers = field(default_factory=dict)
     loss: Numbers = field(default_factory=dict)
+    scorer: str | None = None  # equal where scores mean the same
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
         "scores": by_task | {"mean": _numbers(scores["mean"])},
         "cost": _numbers(record.get("cost")),
         "loss": _numbers(record.get("loss")),
+        "scorer": _digest(scores.get("scorer")),
     }
 
 

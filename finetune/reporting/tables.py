@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 from finetune.reporting.cells import Cell, done
-
-
-@dataclass(frozen=True)
-class Column:
-    """One number of a run. `better` is 1 when more is better, -1 when less is."""
-
-    title: str
-    source: str  # scores | cost
-    key: str
-    better: int
-    write: Callable[[float], str]
+from finetune.reporting.columns import COST, HEALTH, LOSS, OTHER, Column, rouge
 
 
 @dataclass(frozen=True)
@@ -32,61 +22,33 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; the first columns of every row are names, `num_names` of them."""
+    """A titled table; the first columns of every row are names, `num_names` of them. A detail is not printed."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
     num_names: int = 2
+    is_detail: bool = False
 
 
-def _two_places(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _count(value: float) -> str:
-    """1234567 -> 1.23 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-ROUGE = (
-    Column("ROUGE-1", "scores", "rouge-1", 1, _two_places),
-    Column("ROUGE-2", "scores", "rouge-2", 1, _two_places),
-    Column("ROUGE-L", "scores", "rouge-l", 1, _two_places),
-)
-HEALTH = (
-    Column("exact %", "scores", "exact", 1, _two_places),
-    Column("empty %", "scores", "empty", -1, _two_places),
-    Column("never stopped %", "scores", "never_stopped", -1, _two_places),
-    Column("looping %", "scores", "looping", -1, _two_places),
-)
-COST = (
-    Column("trainable", "cost", "trainable_parameters", -1, _count),
-    Column("share %", "cost", "trainable_percent", -1, _three_digits),
-    Column("peak GiB", "cost", "peak_memory_gib", -1, _three_digits),
-    Column("train s", "cost", "train_seconds", -1, _three_digits),
-    Column("tokens/s", "cost", "tokens_per_second", 1, _three_digits),
-    Column("adapter MB", "cost", "adapter_mb", -1, _three_digits),
-)
-
-
-def study_tables(cells: Sequence[Cell]) -> list[Table]:
-    """For every task of the study: the mean over its kinds of rows with the costs, then each kind of rows."""
+def study_tables(cells: Sequence[Cell], *, convention: str) -> list[Table]:
+    """For every task of the study: ROUGE with the costs, then the other numbers, then each kind of rows."""
     tables = []
     for task in dict.fromkeys(cell.task for cell in cells):
-        of_task = [cell for cell in cells if cell.task == task]
-        tables.append(make_table(task, of_task, part="mean", columns=ROUGE + COST))
-        tables.append(make_table(f"{task}: health of the output", of_task, part="mean", columns=HEALTH))
-        for part in sorted({part for cell in of_task for run in done(cell) for part in run.scores} - {"mean"}):
-            tables.append(make_table(f"{task}: {part}", of_task, part=part, columns=ROUGE + HEALTH))
-    return tables
+        chosen = [cell for cell in cells if cell.task == task]
+        tables.append(make_table(task, chosen, part="mean", columns=rouge(convention) + COST))
+        for title, more in (("health of the output", HEALTH), ("other scores", OTHER), ("losses", LOSS)):
+            table = make_table(f"{task}: {title}", chosen, part="mean", columns=known(more, chosen, part="mean"))
+            tables.append(replace(table, is_detail=more is not HEALTH))
+        for part in sorted({part for cell in chosen for run in done(cell) for part in run.scores} - {"mean"}):
+            kept = known(OTHER + HEALTH, chosen, part=part)
+            tables.append(make_table(f"{task}: {part}", chosen, part=part, columns=rouge(convention) + kept))
+    return [table for table in tables if len(table.header) > table.num_names]
+
+
+def known(columns: Sequence[Column], cells: Sequence[Cell], *, part: str) -> tuple[Column, ...]:
+    """The columns that have a number in some cell."""
+    return tuple(column for column in columns if any(values(cell, part=part, column=column) for cell in cells))
 
 
 def make_table(title: str, cells: Sequence[Cell], *, part: str, columns: Sequence[Column]) -> Table:
@@ -119,7 +81,8 @@ def num_seeds(cell: Cell) -> str:
 
 def values(cell: Cell, *, part: str, column: Column) -> list[float]:
     """The number in each done run that has it."""
-    sources = [run.cost if column.source == "cost" else run.scores.get(part, {}) for run in done(cell)]
+    is_score = column.source == "scores"
+    sources = [run.scores.get(part, {}) if is_score else getattr(run, column.source) for run in done(cell)]
     return [source[column.key] for source in sources if column.key in source]
 
 
@@ -150,6 +113,8 @@ def _entry(cell: Cell, *, part: str, column: Column, best: str | None) -> Entry:
 
 def _best(cells: Sequence[Cell], *, part: str, column: Column) -> str | None:
     """The best mean of a column as written, so that what reads equal is marked equally; None when all are equal."""
+    if not column.better:
+        return None
     rivals = [values(cell, part=part, column=column) for cell in cells if _competes(cell, column)]
     means = sorted((fmean(numbers) for numbers in rivals if numbers), reverse=column.better > 0)
     return column.write(means[0]) if means and column.write(means[0]) != column.write(means[-1]) else None

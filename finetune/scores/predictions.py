@@ -45,21 +45,41 @@ def aggregate(predictions: Sequence[Row]) -> dict[str, Any]:
     for row in predictions:
         by_task[row["task"]].append(row if row.get("scores") else {**row, "scores": score_row(row)})
     tasks = {task: _score_task(rows) for task, rows in sorted(by_task.items())}
-    return {"mean": _means(tasks.values()) | {"num_rows": len(predictions)}, "tasks": tasks, "scorer": provenance()}
+    return {
+        "mean": _means(tasks.values()) | {"num_rows": sum(task["num_rows"] for task in tasks.values())},
+        "tasks": tasks,
+        "scorer": provenance(),
+    }
 
 
 def _score_task(rows: Sequence[Row]) -> dict[str, Any]:
-    """The means of the row scores, and what is no mean: corpus scores, F1 over all rows, the official score."""
-    predictions, references = ([row[side] for row in rows] for side in ("prediction", "reference"))
+    """The means of the row scores, and what is no mean: corpus scores, F1 over all rows, the official score.
+
+    Rows asked in other words (`template` above 0) count only for `rewording_drop`.
+    """
+    asked, reworded = ([row for row in rows if bool(row.get("template")) is other] for other in (False, True))
+    asked = asked or reworded
+    predictions, references = ([row[side] for row in asked] for side in ("prediction", "reference"))
     return {
-        **_means(row["scores"] for row in rows),
-        **bleu_and_chrf(
-            row["scores"].get("overlap") or count_overlap(row["prediction"], row["reference"]) for row in rows
-        ),
+        **_means(row["scores"] for row in asked),
+        **bleu_and_chrf(_overlap(row) for row in asked),
         "length": health.length(predictions, references=references),
-        **kinds.score_task(rows),
-        "num_rows": len(rows),
+        **kinds.score_task(asked),
+        **_rewording_drop(asked, reworded),
+        "num_rows": len(asked),
     }
+
+
+def _overlap(row: Row) -> Sequence[int]:
+    return row["scores"].get("overlap") or count_overlap(row["prediction"], row["reference"])
+
+
+def _rewording_drop(asked: Sequence[Row], reworded: Sequence[Row]) -> dict[str, float]:
+    """Points of ROUGE-L lost when the same is asked in other words."""
+    if not reworded:
+        return {}
+    as_asked, otherwise = (fmean(row["scores"]["rouge-l"] for row in rows) for rows in (asked, reworded))
+    return {"rewording_drop": as_asked - otherwise}
 
 
 def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

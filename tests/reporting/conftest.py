@@ -29,6 +29,9 @@ def make_run(multirun):
         (folder / "environment.json").write_text(json.dumps({"commit": "c", "hashes": hashes}))
         for name, content in MARKS[state](details).items():
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in details.get("rows", ())]
+        if lines:
+            (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         return folder
 
     return make

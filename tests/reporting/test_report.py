@@ -15,7 +15,7 @@ from finetune.report import main, report
 
 def run_report(root, *, study=None):
     console = Console(file=io.StringIO(), width=100)
-    return report(root, study=study, console=console), console.file.getvalue()
+    return report(root, study=study, convention="words", console=console), console.file.getvalue()
 
 
 def test_markdown_links_every_number_to_a_folder_that_exists(make_run, multirun):

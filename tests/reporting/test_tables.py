@@ -1,15 +1,17 @@
 import pytest
 
+from finetune.reporting import columns as shown_columns
 from finetune.reporting.cells import to_cells
 from finetune.reporting.read import read_all
-from finetune.reporting.tables import COST, ROUGE, make_table, reasons_tables, study_tables
+from finetune.reporting.tables import make_table, reasons_tables, study_tables
 
 
 @pytest.fixture
 def table(multirun):
     """Rows of text by (model, method): the mean over the kinds of rows, ROUGE and costs."""
 
-    def make(columns=ROUGE + COST):
+    def make():
+        columns = shown_columns.rouge("words") + shown_columns.COST
         shown = make_table("", to_cells(read_all(multirun)[0]), part="mean", columns=columns)
         rows = {(row[0].text, row[1].text): dict(zip(shown.header, row, strict=True)) for row in shown.rows}
         return rows
@@ -91,8 +93,8 @@ def test_a_table_per_task_and_kind_of_rows(make_run, multirun):
     make_run(task="clinic", tasks=("NER", "REPORT"))
     make_run(task="promptcblue", tasks=("CHIP-STS",))
     cells = to_cells(read_all(multirun)[0])
-    assert [table.title for table in study_tables(cells)] == [
-        "clinic", "clinic: health of the output", "clinic: NER", "clinic: REPORT",
-        "promptcblue", "promptcblue: health of the output", "promptcblue: CHIP-STS",
+    assert [table.title for table in study_tables(cells, convention="words")] == [
+        "clinic", "clinic: health of the output", "clinic: other scores", "clinic: losses", "clinic: NER", "clinic: REPORT",
+        "promptcblue", "promptcblue: health of the output", "promptcblue: other scores", "promptcblue: losses", "promptcblue: CHIP-STS",
     ]  # fmt: skip
     assert reasons_tables(cells) == []

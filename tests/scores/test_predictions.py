@@ -53,3 +53,11 @@ def test_no_rows():
 def test_mean_rouge_wants_pairs():
     with pytest.raises(ValueError, match="zip"):
         mean_rouge(["是"], references=[])
+
+
+def test_rewording_is_a_column_and_changes_no_other_score():
+    rows = [row("患者发热"), row("患者咳嗽")]
+    reworded = [row("患者发热") | {"template": 1}, row("") | {"template": 2}]
+    scores = aggregate(rows + reworded)["mean"]
+    assert scores.pop("rewording_drop") == pytest.approx(75 - 50)
+    assert scores == aggregate(rows)["mean"]
