@@ -8,6 +8,8 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 
+pytest_plugins = ["report_runs"]  # run folders written by hand
+
 
 def tiny_base(architecture: str, *, seed: int = 0, vocab_size: int = 96):
     """A random two-layer base of a real transformers class, float32, end token 2."""

@@ -53,3 +53,20 @@ def scores(*, rouge=50.0, trainable=1_234_567, seconds=30.0, tasks=("NER", "REPO
             "peak_memory_gib": None, "train_seconds": seconds, "tokens_per_second": 1e4 / seconds, "adapter_mb": 4.9}  # fmt: skip
     shown = {"mean": row | {"num_rows": 100 * len(tasks)}, "tasks": dict.fromkeys(tasks, row)}
     return {"version": 1, "scores": shown, "cost": cost, "loss": {"train": 1.0, "valid": 1.1}, "num_steps": 40}
+
+
+def row(number, score, *, task="NER", **changed):
+    """A line of predictions.jsonl that scores `score` in every convention."""
+    names = {
+        f"rouge-{kind}{suffix}": score for kind in "12l" for suffix in ("", "-multiset", "-char", "-char-multiset")
+    }
+    same = {
+        "id": str(number),
+        "task": task,
+        "kind": "dialogue",
+        "prompt": f"问题{number}",
+        "template": 0,
+        "choices": None,
+    }
+    texts = {"reference": f"参考{number}", "prediction": f"回答{number}", "finish_reason": "stop"}
+    return same | texts | {"scores": names} | changed

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from report_rows import row
+from report_runs import row
 
 from finetune.reporting.cells import to_cells
 from finetune.reporting.compare import compare_cells, transfer
