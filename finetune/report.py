@@ -16,11 +16,13 @@ from rich.text import Text
 
 from finetune import runs
 from finetune.reporting.columns import CONVENTIONS
+from finetune.reporting.html import html_page
 from finetune.reporting.pages import csv_page, markdown_page
 from finetune.reporting.read import LeftOut, Run, find, read_all
 from finetune.reporting.rescore import rescore
 from finetune.reporting.study import Study, make_study, summary, tables
 from finetune.reporting.terminal import print_table
+from finetune.reporting.tex import tex_page
 from finetune.reporting.text import one_line
 
 
@@ -104,9 +106,9 @@ def print_study(study: Study, *, console: Console) -> None:
 
 def write_pages(study: Study) -> list[Path]:
     """Write the report's files into the study's folder, each by rename; returns their paths."""
-    pages = {"report.md": markdown_page(study), "report.csv": csv_page(study)}
-    for name, page in pages.items():
-        runs.write_text(study.folder / name, page)
+    pages = {"report.md": markdown_page, "report.csv": csv_page, "report.tex": tex_page, "report.html": html_page}
+    for name, make in pages.items():
+        runs.write_text(study.folder / name, make(study))
     return [study.folder / name for name in pages]
 
 

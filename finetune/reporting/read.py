@@ -59,12 +59,16 @@ def read_all(root: Path) -> tuple[list[Run], list[LeftOut]]:
 
 
 def find(root: Path) -> list[Path]:
-    """Run folders at or below the root, also of a part of a study and of runs made by hand; links are not followed."""
+    """Run folders at or below the root, also of a part of a study and of runs made by hand; links are not followed.
+
+    W&B keeps a config.yaml of its own in the folders called wandb.
+    """
     found = []
     for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name != "wandb"]
         if "config.yaml" in files:
             found.append(Path(folder))
-            below.clear()  # W&B keeps a config.yaml of its own inside
+            below.clear()
     return sorted(found)
 
 

@@ -22,13 +22,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; the first columns of every row are names, `num_names` of them. A detail is not printed."""
+    """The first columns of every row are names, `num_names` of them. A detail is not printed in a terminal."""
 
-    title: str
+    subject: str  # a task, a base: a name
+    topic: str  # what the table says of it; `words.py` can translate it
     header: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
     num_names: int = 2
     is_detail: bool = False
+
+    @property
+    def title(self) -> str:
+        """`clinic: health of the output`."""
+        return ": ".join(part for part in (self.subject, self.topic) if part)
 
 
 def study_tables(cells: Sequence[Cell], *, convention: str) -> list[Table]:
@@ -36,13 +42,13 @@ def study_tables(cells: Sequence[Cell], *, convention: str) -> list[Table]:
     tables = []
     for task in dict.fromkeys(cell.task for cell in cells):
         chosen = [cell for cell in cells if cell.task == task]
-        tables.append(make_table(task, chosen, part="mean", columns=rouge(convention) + COST))
-        for title, more in (("health of the output", HEALTH), ("other scores", OTHER), ("losses", LOSS)):
-            table = make_table(f"{task}: {title}", chosen, part="mean", columns=known(more, chosen, part="mean"))
+        tables.append(make_table(task, "", chosen, part="mean", columns=rouge(convention) + COST))
+        for topic, more in (("health of the output", HEALTH), ("other scores", OTHER), ("losses", LOSS)):
+            table = make_table(task, topic, chosen, part="mean", columns=known(more, chosen, part="mean"))
             tables.append(replace(table, is_detail=more is not HEALTH))
         for part in sorted({part for cell in chosen for run in done(cell) for part in run.scores} - {"mean"}):
             kept = known(OTHER + HEALTH, chosen, part=part)
-            tables.append(make_table(f"{task}: {part}", chosen, part=part, columns=rouge(convention) + kept))
+            tables.append(make_table(task, part, chosen, part=part, columns=rouge(convention) + kept))
     return [table for table in tables if len(table.header) > table.num_names]
 
 
@@ -51,7 +57,7 @@ def known(columns: Sequence[Column], cells: Sequence[Cell], *, part: str) -> tup
     return tuple(column for column in columns if any(values(cell, part=part, column=column) for cell in cells))
 
 
-def make_table(title: str, cells: Sequence[Cell], *, part: str, columns: Sequence[Column]) -> Table:
+def make_table(subject: str, topic: str, cells: Sequence[Cell], *, part: str, columns: Sequence[Column]) -> Table:
     """One row per cell with the means of one kind of rows (`part`; "mean" for the mean over the kinds)."""
     best = {column: _best(cells, part=part, column=column) for column in columns}
     rows = []
@@ -59,7 +65,8 @@ def make_table(title: str, cells: Sequence[Cell], *, part: str, columns: Sequenc
         names = (Entry(cell.model), Entry(cell.method), Entry(num_seeds(cell)))
         numbers = [_entry(cell, part=part, column=column, best=best[column]) for column in columns]
         rows.append((*names, *(numbers if done(cell) else _absent(cell, width=len(columns)))))
-    return Table(title, ("model", "method", "seeds", *(column.title for column in columns)), tuple(rows), num_names=3)
+    header = ("model", "method", "seeds", *(column.title for column in columns))
+    return Table(subject, topic, header, tuple(rows), num_names=3)
 
 
 def reasons_tables(cells: Sequence[Cell]) -> list[Table]:
@@ -70,7 +77,7 @@ def reasons_tables(cells: Sequence[Cell]) -> list[Table]:
         for cell in cells for run in cell.runs if run.state != "done"
     ]  # fmt: skip
     header = ("task", "model", "method", "seed", "state", "reason")
-    return [Table("Without scores", header, tuple(rows), num_names=len(header))] if rows else []
+    return [Table("", "Without scores", header, tuple(rows), num_names=len(header))] if rows else []
 
 
 def num_seeds(cell: Cell) -> str:

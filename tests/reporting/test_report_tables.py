@@ -12,7 +12,7 @@ def table(multirun):
 
     def make():
         columns = shown_columns.rouge("words") + shown_columns.COST
-        shown = make_table("", to_cells(read_all(multirun)[0]), part="mean", columns=columns)
+        shown = make_table("", "", to_cells(read_all(multirun)[0]), part="mean", columns=columns)
         rows = {(row[0].text, row[1].text): dict(zip(shown.header, row, strict=True)) for row in shown.rows}
         return rows
 

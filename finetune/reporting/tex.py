@@ -1,0 +1,47 @@
+"""A study -> report.tex: its tables for a paper, with booktabs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from finetune.reporting.study import Study, summary, tables
+from finetune.reporting.tables import Entry, Table
+from finetune.reporting.text import latex
+
+HEAD = """\
+% {name}: {summary}
+% \\input this file. It needs \\usepackage{{booktabs}}, and for Chinese names XeLaTeX with \\usepackage{{ctex}}."""
+
+
+def tex_page(study: Study) -> str:
+    """One table environment per table, in the order of the report."""
+    name = latex(study.folder.absolute().name)
+    head = HEAD.format(name=name, summary=latex(summary(study)))
+    return "\n\n".join([head, *(tex_table(table) for table in tables(study))]) + "\n"
+
+
+def tex_table(table: Table) -> str:
+    """Names left, numbers right, the best of a column bold."""
+    columns = "l" * table.num_names + "r" * (len(table.header) - table.num_names)
+    return "\n".join(
+        [
+            r"\begin{table}[ht]\centering\small",
+            rf"\caption{{{latex(table.title)}}}",
+            rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
+            r"\toprule",
+            _line(latex(title) for title in table.header),
+            r"\midrule",
+            *(_line(map(_entry, row)) for row in table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _line(fields: Iterable[str]) -> str:
+    return " & ".join(fields) + r" \\"
+
+
+def _entry(entry: Entry) -> str:
+    return rf"\textbf{{{latex(entry.text)}}}" if entry.best else latex(entry.text)
