@@ -15,7 +15,7 @@ def hardly_trained(cache):
     """Bases of the miniatures' own shapes where the miniatures are looked for."""
     for name in ("qwen", "llama", "chatglm"):
         quick = dataclasses.replace(RECIPES[name], num_steps=1, tokenizer_documents=200)
-        folder = make(quick, cache=cache, log=lambda text: None)
+        folder = make(quick, name=name, cache=cache, log=lambda text: None)
         folder.rename(folder.with_name(f"{name}-{RECIPES[name].key()}"))
 
 
