@@ -14,7 +14,7 @@ from finetune.config import unsupported
 from finetune.data.batches import pad
 from finetune.loop import Feeder, Loop, mean_loss, summed_loss
 from finetune.methods.method import Method
-from finetune.models.attention import packable, packing
+from finetune.models.attention import packing
 
 LACKING = [("bitfit", "llama")]  # (method, architecture): n/a, with a reason
 CASES = [
@@ -60,7 +60,7 @@ def tuned(request, rows, tmp_path_factory) -> Tuned:
     base = stored_base(architecture, quantize=found["quantize"], folder=tmp_path_factory.mktemp("base"))
     own, method, ids = list(base.parameters()), make(name, architecture), torch.tensor([rows[1].ids])
     before = logits(base, ids)
-    packed = method.padding_free and packable(base)
+    packed = method.padding_free and "packing" in config(name, architecture)["model"]["has"]
     model = attach(method, base, num_steps=NUM_STEPS)
     accelerator = Accelerator(cpu=True)
     feeder = Feeder(packed=packed, pad_id=0, loss_on="target", device=accelerator.device)
