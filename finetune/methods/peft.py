@@ -16,6 +16,7 @@ from finetune.methods.method import Method
 PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # live in the cache, not among the embeddings
 # LoRA starts that take a part out of the base's weights and put it into A and B, and do not give it back.
 MOVING = ("pissa", "olora", "loftq")
+COPYING = (PeftType.LN_TUNING, PeftType.SHADOW)  # train copies of the base's modules, in the base's precision
 
 
 class Peft(Method):
@@ -25,7 +26,8 @@ class Peft(Method):
         self.config = config
         self.padding_free = not config.is_prompt_learning
         start = str(getattr(config, "init_lora_weights", None))
-        self.leaves_base_intact = not (start.startswith(MOVING) or getattr(config, "kasa_config", None))
+        moves = start.startswith(MOVING) or getattr(config, "kasa_config", None)
+        self.leaves_base_intact = not (moves or config.peft_type in COPYING)
         # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base). MonteCLoRA's
         # second forward pass draws other noise than the first: gradients were off by 0.09 (seen).
         self.checkpointable = config.peft_type not in PREFIXES and not getattr(config, "monteclora_config", None)

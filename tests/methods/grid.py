@@ -17,6 +17,12 @@ from finetune.methods.method import Method
 MODELS = {"qwen2": "qwen", "llama": "llama", "glm": "chatglm", "bloom": "bloom"}
 UNTRAINED = ("none", "few_shot", "decoder_tuning")  # no loss to lower; each has tests of its own
 NAMES = sorted({path.stem for path in (CONF / "method").glob("*.yaml")} - set(UNTRAINED))
+FIELD = (  # the methods that researchers of the field compare
+    *("full", "freeze", "bitfit", "lora", "qlora", "dora", "adalora", "delta_lora", "prompt", "ptuning", "ptuning_v2"),
+    *("prefix", "adapter", "llama_adapter", "llama_pro", "ia3"),
+)
+# These do not start as the base, by design: virtual tokens, dropped singular values, factors that are small but not 0.
+OTHER_START = ("cartridge", "kasa", "prefix", "prompt", "ptuning", "ptuning_v2", "unilora", "vblora")
 # The tiny bases have keys of 16 x 32, for which real ranks, blocks and groups are too large.
 SMALLER = {
     "boft": {"boft_block_size": 4},
