@@ -25,7 +25,7 @@ report: install ## Turn the runs under multirun/ into tables
 	$(BIN)/python -m finetune.report multirun
 
 test: install ## Run the test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadscope
 
 check: install ## Lint, formatting, types, layers
 	$(BIN)/ruff format --check .

@@ -194,10 +194,12 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
     """The reason why this method cannot work with this base, or None."""
-    method, model = config["method"], config["model"]
-    lacking = [need for need in method["needs"] if need not in model["has"]]
+    method, model, quantize = config["method"], config["model"], config["method"]["quantize"]
+    has = [*model["has"], *([] if quantize else ["full_precision"])]
+    lacking = [need for need in method["needs"] if need not in has]
     if lacking:
-        return f"{method['name']} needs {', '.join(lacking)}, which {model['name']} does not have"
+        base = f"{model['name']} in {quantize}" if quantize else model["name"]
+        return f"{method['name']} needs {', '.join(lacking)}, which {base} does not have"
     return None
 
 

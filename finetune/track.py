@@ -60,8 +60,8 @@ class Tracker:
 
         self.run.summary.update({f"valid/{k}": v for k, v in scores["scores"]["mean"].items()})
         self.run.summary.update({f"cost/{k}": v for k, v in scores["cost"].items()})
-        columns = ["id", "task", "prompt", "reference", "prediction", "finish_reason"]
-        rows = [[line[column] for column in columns] for line in predictions[:TABLE_ROWS]]
+        columns: list[Any] = ["id", "task", "prompt", "reference", "prediction", "finish_reason"]
+        rows: list[Any] = [[line[column] for column in columns] for line in predictions[:TABLE_ROWS]]
         self.run.log({"predictions": wandb.Table(columns=columns, data=rows)})
         self.run.finish()
 

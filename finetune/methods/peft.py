@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from finetune.data.rows import Row
 from finetune.methods.method import Method
 
+PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # live in the cache, not among the embeddings
+# LoRA starts that take a part out of the base's weights and put it into A and B, and do not give it back.
+MOVING = ("pissa", "olora", "loftq")
+COPYING = (PeftType.LN_TUNING, PeftType.SHADOW)  # train copies of the base's modules, in the base's precision
+
 
 class Peft(Method):
     """A PEFT config, attached."""
@@ -20,16 +25,25 @@ class Peft(Method):
     def __init__(self, config: PeftConfig) -> None:
         self.config = config
         self.padding_free = not config.is_prompt_learning
-        # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base)
-        self.checkpointable = config.peft_type != PeftType.PREFIX_TUNING
+        start = str(getattr(config, "init_lora_weights", None))
+        moves = start.startswith(MOVING) or getattr(config, "kasa_config", None)
+        self.leaves_base_intact = not (moves or config.peft_type in COPYING)
+        # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base). MonteCLoRA's
+        # second forward pass draws other noise than the first: gradients were off by 0.09 (seen).
+        self.checkpointable = config.peft_type not in PREFIXES and not getattr(config, "monteclora_config", None)
 
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Wrap the base; PEFT keeps the method's weights in float32."""
         return get_peft_model(model, self.config)
 
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """The terms of KaSA (eq. 9-12) and MonteCLoRA; PEFT computes them and leaves adding them to the loop."""
+        named = [name for name in ("kasa", "monteclora") if getattr(self.config, f"{name}_config", None)]
+        return sum((getattr(model.base_model, f"_get_{name}_loss")() for name in named), 0.0)
+
     def virtual_embeddings(self, model: Any) -> Tensor | None:
         """Prompt tuning's and P-tuning's; a prefix lives in the cache instead."""
-        inserted = self.config.is_prompt_learning and self.config.peft_type != PeftType.PREFIX_TUNING
+        inserted = self.config.is_prompt_learning and self.config.peft_type not in PREFIXES
         return model.get_prompt(batch_size=1)[0] if inserted else None
 
     def save(self, model: Any, folder: Path) -> None:
@@ -58,7 +72,12 @@ class AdaLora(Method):
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Wrap the base; the budget follows the run's optimizer steps."""
         tinit, tfinal = (round(share * num_steps) for share in self.shares)
-        schedule = {"total_step": num_steps, "tinit": tinit, "tfinal": tfinal, "orth_reg_weight": self.weight}
+        schedule: dict[str, Any] = {
+            "total_step": num_steps,
+            "tinit": tinit,
+            "tfinal": tfinal,
+            "orth_reg_weight": self.weight,
+        }
         return get_peft_model(model, AdaLoraConfig(**schedule, **self.arguments))
 
     def penalty(self, model: nn.Module) -> Tensor | float:

@@ -14,13 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
 NAME = "packed"
 
@@ -47,10 +43,11 @@ def packed_attention(
     """Causal attention within rows: query (1, heads, tokens, size) -> (1, tokens, heads, size); no dropout."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave autocast's precision
     bounds, scale = options["cu_seq_lens_q"], options.get("scaling")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, size)
         longest = options["max_length_q"]
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **_causal(q, k))
+        assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
         return out[None], None
     grouped = query.shape[1] != key.shape[1]
     parts = [

@@ -130,7 +130,7 @@ def _tokenizer(recipe: Recipe) -> Any:
     )
     text = "\n".join(itertools.islice(corpus.documents(seed=0), recipe.tokenizer_documents))
     # Whole characters first: else a merge takes the end of one and the start of the next, and words break beside it.
-    letters = itertools.chain.from_iterable([letter] * 2000 for letter in sorted(set(text)))
+    letters = itertools.chain.from_iterable([letter] * 300 for letter in sorted(set(text)))
     bpe.train_from_iterator(itertools.chain(letters, corpus.words(text)), trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
 
@@ -168,8 +168,8 @@ def _fresh(recipe: Recipe, *, tokenizer: Any) -> Any:
 @torch.no_grad()
 def _extended(base: Path, *, tokenizer: Any) -> Any:
     """The base with a row for every token that its own tokenizer lacks: the mean of the rows of its pieces."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    old = transformers.AutoTokenizer.from_pretrained(base)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    old: Any = transformers.AutoTokenizer.from_pretrained(base)
     known = old.get_vocab().items()
     assert known <= tokenizer.get_vocab().items(), "old tokens keep their ids"
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

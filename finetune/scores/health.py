@@ -50,9 +50,10 @@ def _foreign_share(text: str) -> float:
 def looping(text: str) -> float:
     """Whether the text ends in a loop: a tail of at least `MIN_SPAN` characters that is one unit, `MIN_REPEATS` times.
 
-    The unit has any length, and its last occurrence may be cut off anywhere, as a token limit does.
+    The unit has any length, and its last occurrence may be cut off anywhere, as a token limit does; also within a
+    character, which then decodes to U+FFFD.
     """
-    backwards = text.rstrip()[::-1]
+    backwards = text.rstrip().rstrip("\ufffd")[::-1]
     end = backwards[:SURE_REPEAT]
     unit = backwards.find(end, 1)
     while 0 < unit <= len(backwards) // MIN_REPEATS and len(backwards) >= MIN_SPAN:

@@ -71,6 +71,59 @@ def test_saved_weights_give_the_same_logits(tmp_path, examples):
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
 
+def test_kasa_penalty_is_the_papers(examples):
+    beta, gamma = 1e-2, 1e-3
+    method, model = attached({**LORA, "kasa_config": {"beta": beta, "gamma": gamma}})
+    for parameter in trainable(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    named = dict(model.named_parameters())
+    eye, expected = torch.eye(4), 0.0
+    for name, diagonal in named.items():
+        if "lora_diag" in name:
+            a, b = (named[name.replace("lora_diag.default", f"{part}.default.weight")] for part in ("lora_A", "lora_B"))
+            orthogonal = (b.T @ b - eye).norm() + (a @ a.T - eye).norm()
+            expected = expected + beta * (diagonal**2).sum() + gamma * orthogonal
+    assert method.penalty(model).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert attached(LORA)[0].penalty(model) == 0.0
+
+
+def test_monteclora_penalty_reaches_its_noise_and_cannot_be_checkpointed(examples):
+    method, model = attached({**LORA, "monteclora_config": {"num_samples": 4, "kl_loss_weight": 1.0}})
+    assert not method.checkpointable
+    summed_loss(model.train(), pad(examples, pad_id=0))
+    model.zero_grad()
+    method.penalty(model).backward()
+    reached = {n.split(".")[-1] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached
+    assert not any("lora_A" in name or "lora_B" in name for name in reached)
+
+
+@pytest.mark.parametrize(
+    ("changes", "intact"),
+    [
+        ({}, True),
+        ({"init_lora_weights": "orthogonal"}, True),
+        ({"init_lora_weights": "pissa"}, False),
+        ({"init_lora_weights": "olora"}, False),
+        ({"kasa_config": {}}, False),
+    ],
+    ids=["lora", "orthogonal", "pissa", "olora", "kasa"],
+)
+def test_a_start_that_moves_the_base_says_so(changes, intact):
+    base = tiny_base("qwen2")
+    before = base.model.layers[0].self_attn.q_proj.weight.clone()
+    method = build({"name": "m", "adapter": {**LORA, **changes}})
+    method.attach(base, tokenizer=None, num_steps=1, train_rows=())
+    after = base.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.equal(before, after) == method.leaves_base_intact == intact
+
+
+def test_a_target_inside_an_argument_stays_data():
+    """Only the outer `_target_` is checked against the allowed ones."""
+    inner = {"_target_": "os.getcwd"}
+    assert build({"name": "m", "adapter": {**LORA, "rank_pattern": inner}}).config.rank_pattern == inner
+
+
 def test_a_config_keeps_peft_types():
     method, model = attached(LORA)
     assert isinstance(model, type(get_peft_model(tiny_base("qwen2"), method.config)))

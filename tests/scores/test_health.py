@@ -50,3 +50,8 @@ def test_not_chinese_where_the_reference_is(prediction, reference, expected):
 def test_length_is_of_all_rows_together():
     assert health.length(["多喝水", ""], references=["多休息", "好"]) == 75
     assert health.length([], references=[]) == 0
+
+
+def test_a_loop_that_the_limit_cuts_within_a_character_is_one():
+    assert health.looping("您好，" + "胃胀病情很严重，" * 8 + "胃\ufffd") == 100.0
+    assert health.looping("您好，我胃胀，吃了药也没有用，病情很严重，请问怎么办才好呢\ufffd") == 0.0
