@@ -20,7 +20,13 @@ def log_study(study: Study, *, mode: str, project: str = "finetune") -> None:
     name = study.folder.absolute().name
     settings = wandb.Settings(init_timeout=5, x_disable_meta=True, save_code=False, console="off", silent=True)
     run = wandb.init(
-        dir=study.folder, project=project, mode=mode, group=name, job_type="report", name=f"{name}/report", settings=settings
+        dir=study.folder,
+        project=project,
+        mode=mode,
+        group=name,
+        job_type="report",
+        name=f"{name}/report",
+        settings=settings,
     )
     header, rows = cell_table(study)
     table = wandb.Table(columns=header, data=rows)
