@@ -17,10 +17,12 @@ from typing import Any
 from finetune import runs
 from finetune.reporting import charts
 
+OFFERED = "window.vegaEmbed = vegaEmbed;"
+
 
 def scripts() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script that needs no network."""
-    return _cached("vega.js", metadata.version("vl-convert-python"), _bundle)
+    return _cached("vega.js", metadata.version("vl-convert-python") + OFFERED, _bundle)
 
 
 def specifications() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def specifications() -> dict[str, Any]:
 def _bundle() -> str:
     import vl_convert
 
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed; window.vega = vega;")
+    return vl_convert.javascript_bundle(OFFERED)
 
 
 def _cached(name: str, key: str, make: Callable[[], str]) -> str:

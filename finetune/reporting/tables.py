@@ -8,16 +8,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from finetune.reporting.cells import Cell, done
-from finetune.reporting.columns import COST, HEALTH, LOSS, OTHER, Column, rouge
+from finetune.reporting.columns import COST, HEALTH, LOSS, OTHER, ROBUST, Column, rewording, rouge
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One table cell: text (untrusted), the folder it was read from, whether it is the best of its column."""
+    """One table cell: text (untrusted), the folder it was read from, whether it is the best or one to worry about."""
 
     text: str
     folder: Path | None = None
     best: bool = False
+    alarm: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,25 @@ def study_tables(cells: Sequence[Cell], *, convention: str) -> list[Table]:
     for task in dict.fromkeys(cell.task for cell in cells):
         chosen = [cell for cell in cells if cell.task == task]
         tables.append(make_table(task, "", chosen, part="mean", columns=rouge(convention) + COST))
-        for topic, more in (("health of the output", HEALTH), ("other scores", OTHER), ("losses", LOSS)):
+        for topic, more in topics(chosen).items():
             table = make_table(task, topic, chosen, part="mean", columns=known(more, chosen, part="mean"))
-            tables.append(replace(table, is_detail=more is not HEALTH))
+            tables.append(replace(table, is_detail=more in (OTHER, LOSS)))
         for part in sorted({part for cell in chosen for run in done(cell) for part in run.scores} - {"mean"}):
             kept = known(OTHER + HEALTH, chosen, part=part)
             tables.append(make_table(task, part, chosen, part=part, columns=rouge(convention) + kept))
     return [table for table in tables if len(table.header) > table.num_names]
+
+
+def topics(cells: Sequence[Cell]) -> dict[str, tuple[Column, ...]]:
+    """What is told of a task beside its ROUGE and its costs."""
+    names = dict.fromkeys(name for cell in cells for run in done(cell) for name in run.rewording)
+    robust = ROBUST + rewording(names)
+    return {
+        "health of the output": HEALTH,
+        "overfitting": LOSS,
+        "forgetting and rewording": robust,
+        "other scores": OTHER,
+    }
 
 
 def known(columns: Sequence[Column], cells: Sequence[Cell], *, part: str) -> tuple[Column, ...]:
@@ -80,6 +93,16 @@ def reasons_tables(cells: Sequence[Cell]) -> list[Table]:
     return [Table("", "Without scores", header, tuple(rows), num_names=len(header))] if rows else []
 
 
+def checks_tables(cells: Sequence[Cell]) -> list[Table]:
+    """One table of the checks that failed in done runs, and what they found; no table when none did."""
+    rows = [
+        (Entry(cell.task), Entry(cell.model), Entry(cell.method), Entry(run.seed), Entry(name, run.folder), Entry(note))
+        for cell in cells for run in done(cell) for name, note in run.failed_checks.items()
+    ]  # fmt: skip
+    header = ("task", "model", "method", "seed", "check", "what it found")
+    return [Table("", "Failed checks", header, tuple(rows), num_names=len(header))] if rows else []
+
+
 def num_seeds(cell: Cell) -> str:
     """`3`, or `2 of 3` when a seed is not done."""
     total, finished = len(cell.runs), len(done(cell))
@@ -87,7 +110,9 @@ def num_seeds(cell: Cell) -> str:
 
 
 def values(cell: Cell, *, part: str, column: Column) -> list[float]:
-    """The number in each done run that has it."""
+    """The number in each done run that has it; only scores are told by kind of rows."""
+    if column.source != "scores" and part != "mean":
+        return []
     is_score = column.source == "scores"
     sources = [run.scores.get(part, {}) if is_score else getattr(run, column.source) for run in done(cell)]
     return [source[column.key] for source in sources if column.key in source]
@@ -113,14 +138,15 @@ def _entry(cell: Cell, *, part: str, column: Column, best: str | None) -> Entry:
     numbers = values(cell, part=part, column=column)
     if not numbers:
         return Entry("–")
-    text = column.write(fmean(numbers))
+    mean = fmean(numbers)
+    text, alarm = column.write(mean), column.alarm is not None and mean > column.alarm
     spread = f" ± {column.write(stdev(numbers))}" if len(numbers) > 1 and column.source == "scores" else ""
-    return Entry(text + spread, cell_folder(cell), best=text == best and _competes(cell, column))
+    return Entry(text + spread, cell_folder(cell), best=text == best and _competes(cell, column), alarm=alarm)
 
 
 def _best(cells: Sequence[Cell], *, part: str, column: Column) -> str | None:
     """The best mean of a column as written, so that what reads equal is marked equally; None when all are equal."""
-    if not column.better:
+    if not column.better or column.alarm is not None:
         return None
     rivals = [values(cell, part=part, column=column) for cell in cells if _competes(cell, column)]
     means = sorted((fmean(numbers) for numbers in rivals if numbers), reverse=column.better > 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from finetune.reporting.study import Study, summary, tables
 from finetune.reporting.tables import Entry, Table
 from finetune.reporting.text import latex
@@ -22,25 +20,18 @@ def tex_page(study: Study) -> str:
 
 def tex_table(table: Table) -> str:
     """Names left, numbers right, the best of a column bold."""
-    columns = "l" * table.num_names + "r" * (len(table.header) - table.num_names)
-    return "\n".join(
-        [
-            r"\begin{table}[ht]\centering\small",
-            rf"\caption{{{latex(table.title)}}}",
-            rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
-            r"\toprule",
-            _line(latex(title) for title in table.header),
-            r"\midrule",
-            *(_line(map(_entry, row)) for row in table.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
+    import pandas
+
+    rows = [[_entry(entry) for entry in row] for row in table.rows]
+    frame = pandas.DataFrame(rows, columns=[latex(title) for title in table.header], dtype=object)
+    made = frame.style.hide(axis="index").to_latex(
+        hrules=True,
+        caption=latex(table.title),
+        position="ht",
+        position_float="centering",
+        column_format="l" * table.num_names + "r" * (len(table.header) - table.num_names),
     )
-
-
-def _line(fields: Iterable[str]) -> str:
-    return " & ".join(fields) + r" \\"
+    return made.replace("\\centering", "\\centering\\small", 1).strip()
 
 
 def _entry(entry: Entry) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+CONVENTIONS = {
+    "words": "按 jieba 分词，n 元组按集合计（同 rouge_chinese）",
+    "words-multiset": "按 jieba 分词，n 元组按多重集计（Lin 2004）",
+    "characters": "按字，n 元组按集合计（同 PromptCBLUE 评分器）",
+    "characters-multiset": "按字，n 元组按多重集计（Lin 2004）",
+}
 CHINESE = {
     # sections and controls
     "The matrix": "总矩阵",
     "What is distinguishable": "哪些差异可信",
     "Cost against quality": "代价与质量",
     "Loss curves": "损失曲线",
+    "Health of the output": "输出健康状况",
     "Predictions": "逐行预测",
     "All tables": "全部表格",
     "Left out": "未能读取",
@@ -40,7 +47,6 @@ CHINESE = {
     "next": "下一页",
     "no rows": "没有符合的行",
     "no data": "没有数据",
-    "the rest stays in the run folders": "其余各行见运行文件夹",
     "in the reference only": "仅在参考中",
     "in the answer only": "仅在回答中",
     "language": "语言",
@@ -51,7 +57,12 @@ CHINESE = {
     # topics of tables
     "health of the output": "输出健康状况",
     "other scores": "其他分数",
-    "losses": "损失",
+    "overfitting": "过拟合",
+    "forgetting and rewording": "遗忘与换说法",
+    "Failed checks": "未通过的检查",
+    "failed checks": "未通过的检查",
+    "check": "检查",
+    "what it found": "发现",
     "what is distinguishable": "哪些差异可信",
     "row less column": "行减列",
     "Does the winner transfer?": "优胜方法能否迁移？",
@@ -83,9 +94,12 @@ CHINESE = {
     "adapter MB": "适配器 MB",
     "train loss": "训练损失",
     "valid loss": "验证损失",
+    "train loss at best": "最佳步的训练损失",
     "best valid loss": "最佳验证损失",
+    "rise since best": "自最佳步上升",
     "best step": "最佳步",
-    "general loss": "通用文本损失",
+    "general loss before": "调前通用文本损失",
+    "general loss after": "调后通用文本损失",
     "forgetting": "遗忘",
     "95 %": "95 % 区间",
     "place": "名次",
@@ -102,6 +116,7 @@ CHINESE = {
     "best": "最佳",
     "tie": "并列",
     "below": "低于",
+    "done": "完成",
     "failed": "失败",
     "running": "运行中",
     "unfinished": "未完成",

@@ -72,33 +72,67 @@ async function draw(id, values, change = (figure) => figure) {
   const figure = change(translated(structuredClone(data.figures[id])));
   figure.datasets = { values };
   delete figure.config;
+  const { step } = figure.height; // Vega-Lite warns of heights by step where the width follows the page
+  if (step && figure.width === "container") figure.height = step * unique(values.map((each) => each.method)).length;
   const actions = { export: true, source: false, compiled: false, editor: false };
   const theme = root.dataset.theme === "dark" ? "dark" : undefined;
-  figure.autosize = { type: "fit-x", contains: "padding" };
-  await window.vegaEmbed(place, figure, { renderer: "svg", actions, config: config(), tooltip: { theme } });
+  const options = { renderer: "svg", actions, config: config(), tooltip: { theme } };
+  await window.vegaEmbed(place, figure, options);
 }
+
+// What stands on one square of the matrix, and what hovering tells.
+function square(cell, [value, spread], { digits, isLead, isLight }) {
+  const quiet = getComputedStyle(root).getPropertyValue("--quiet").trim();
+  const isKnown = value !== null;
+  const place = isLead && isKnown ? cell.place : "";
+  const number = isKnown ? value.toFixed(digits) : word(cell.state === "done" ? "–" : cell.state);
+  const marks = [place === "tie" ? " ≈" : "", cell.failed.length ? " ⚠" : ""].join("");
+  return {
+    model: cell.model,
+    method: cell.method,
+    value,
+    text: number + marks,
+    bold: place === "best",
+    ink: !isKnown ? quiet : isLight ? "#111" : "#fff",
+    score: number + (spread ? ` ± ${spread.toFixed(digits)}` : ""),
+    seeds: cell.seeds,
+    place: word(place),
+    "failed checks": cell.failed.join("; "),
+    reason: word(cell.reason),
+  };
+}
+
+const digitsFor = (values) => (Math.max(...values.map(Math.abs)) < 10 ? 3 : 2);
 
 async function drawMatrix() {
   const { cells, parts, scores } = task("matrix-task");
   const names = scores.map(([name]) => name);
   fill("matrix-part", parts);
   const part = $("matrix-part").value;
-  fill("matrix-score", names.filter((_, index) => cells.some((cell) => cell.values[part]?.[index] != null)));
+  const shown = names.filter((_, index) => cells.some((cell) => cell.values[part]?.[index]));
+  fill("matrix-score", shown, { chosen: $("matrix-score").value || data.lead });
   const index = names.indexOf($("matrix-score").value);
-  const better = scores[index]?.[1] ?? 1;
-  const known = cells.map((cell) => cell.values[part]?.[index]).filter((value) => value != null);
+  const better = scores[index]?.[1] || 1;
+  const numbers = cells.map((cell) => cell.values[part]?.[index] ?? [null, null]);
+  const known = numbers.map(([value]) => value).filter((value) => value !== null);
   const [low, high] = [Math.min(...known), Math.max(...known)];
-  const ink = getComputedStyle(root).getPropertyValue("--quiet").trim();
-  const values = cells.map((cell) => {
-    const value = cell.values[part]?.[index] ?? null;
-    const share = high > low ? (value - low) / (high - low) : 1;
-    const isLight = (better < 0 ? 1 - share : share) > 0.55;
-    const text = value === null ? word(cell.state === "done" ? "–" : cell.state) : value.toFixed(2);
-    return { model: cell.model, method: cell.method, value, text, ink: value === null ? ink : isLight ? "#111" : "#fff" };
+  const isLead = part === "mean" && names[index] === data.lead;
+  const values = cells.map((cell, at) => {
+    const share = high > low ? (numbers[at][0] - low) / (high - low) : 1;
+    return square(cell, numbers[at], { digits: digitsFor(known), isLead, isLight: (better < 0 ? 1 - share : share) > 0.55 });
   });
+  $("matrix-key").hidden = !isLead;
   await draw("heat", index < 0 ? [] : values, (figure) => {
-    if (better < 0) figure.layer[0].encoding.color.scale.reverse = true;
-    if (unique(values.map((each) => each.model)).length < 6) figure.width = { step: 150 };
+    figure.layer[0].encoding.color.scale.reverse = better < 0;
+    for (const layer of figure.layer) {
+      layer.encoding.tooltip = layer.encoding.tooltip.filter(({ field }) => values.some((each) => each[field]));
+    }
+    const columns = unique(values.map((each) => each.model));
+    for (const { encoding } of figure.layer) { // also of cells without a number, which are no part of a scale by themselves
+      encoding.x.sort = columns;
+      encoding.y.sort = unique(values.map((each) => each.method));
+    }
+    if (columns.length < 7) figure.width = { step: Math.max(110, ...columns.map((name) => 8 * Math.min(name.length, 18))) };
     return figure;
   });
 }
@@ -107,43 +141,60 @@ async function drawIntervals() {
   const chosen = data.comparisons.filter((each) => each.task === $("interval-task").value);
   fill("interval-model", chosen.map((each) => each.model));
   const comparison = chosen.find((each) => each.model === $("interval-model").value);
-  const values = comparison?.standings ?? [];
-  await draw("interval", values.map((each) => ({ ...each, place: word(each.place) })), (figure) => {
-    for (const layer of figure.layer) {
-      if (layer.encoding.color) layer.encoding.color.scale.domain = ["best", "tie", "below"].map(word);
+  const values = (comparison?.standings ?? []).map((each) => ({ ...each, place: word(each.place) }));
+  await draw("interval", values.sort((a, b) => b.mean - a.mean), (figure) => {
+    for (const { encoding } of figure.layer) {
+      encoding.color.scale.domain = ["best", "tie", "below"].map(word);
+      if (encoding.x?.title) encoding.x.title = data.lead;
     }
     return figure;
   });
 }
 
-function front(points) {
-  // nothing that costs less is as good; by base
+function withKinds(points) {
+  // front: no cell of the same base is as good for less; a base that trains nothing is a level, not a rival
   for (const model of unique(points.map((point) => point.model))) {
     let best = -Infinity;
-    const own = points.filter((point) => point.model === model);
+    const own = points.filter((point) => point.model === model && point.kind !== "base");
     for (const point of own.sort((a, b) => a.cost - b.cost || b.score - a.score)) {
-      point.front = point.score > best;
+      point.kind = point.score > best ? "front" : "dominated";
       best = Math.max(best, point.score);
     }
   }
-  return points;
+  // each method is named once, at its highest point: names of several bases would lie upon each other
+  const isNamed = (point) => points.length <= 12 || point.kind !== "dominated";
+  for (const method of unique(points.map((point) => point.method))) {
+    const own = points.filter((point) => point.method === method && isNamed(point));
+    if (own.length) own.reduce((a, b) => (b.score > a.score ? b : a)).label = method;
+  }
+  return points.map((point) => ({ label: "", ...point }));
 }
 
 async function drawCosts() {
   const { cells, scores, costs } = task("cost-task");
-  fill("cost-cost", ["trainable", "peak GiB", "train s"].filter((name) => costs.includes(name)));
-  const names = scores.map(([name]) => name).filter((_, index) => scores[index][1] > 0);
-  const has = (name) => cells.some((cell) => cell.values.mean?.[scores.findIndex(([other]) => other === name)] != null);
-  fill("cost-score", names.filter(has), { chosen: $("cost-score").value || names[2] });
-  const cost = costs.indexOf($("cost-cost").value);
-  const score = scores.findIndex(([name]) => name === $("cost-score").value);
+  const trainable = costs.indexOf("trainable");
+  const named = (name) => scores.findIndex(([other]) => other === name);
+  const offered = ["trainable", "peak GiB", "train s"].filter((name) => cells.some((cell) => cell.costs[costs.indexOf(name)]));
+  fill("cost-cost", offered);
+  const names = scores.filter(([, better]) => better > 0).map(([name]) => name);
+  fill("cost-score", names.filter((name) => cells.some((cell) => cell.values.mean?.[named(name)])),
+    { chosen: $("cost-score").value || data.lead });
+  fill("cost-model", ["all", ...unique(cells.filter((cell) => cell.state === "done").map((cell) => cell.model))]);
+  const [cost, score, model] = [costs.indexOf($("cost-cost").value), named($("cost-score").value), $("cost-model").value];
   const points = cells
-    .map((cell) => ({ model: cell.model, method: cell.method, cost: cell.costs[cost], score: cell.values.mean?.[score] }))
-    .filter((point) => point.cost != null && point.score != null);
-  await draw("cost", front(points), (figure) => {
-    for (const layer of figure.layer) {
-      if (layer.encoding.x) layer.encoding.x.title = word($("cost-cost").value);
-      if (layer.encoding.y) layer.encoding.y.title = word($("cost-score").value);
+    .filter((cell) => model === "all" || cell.model === model)
+    .map((cell) => ({
+      model: cell.model,
+      method: cell.method,
+      cost: cell.costs[cost],
+      score: cell.values.mean?.[score]?.[0],
+      kind: cell.costs[trainable] === 0 ? "base" : "",
+    }))
+    .filter((point) => point.score != null && (point.kind === "base" || point.cost > 0));
+  await draw("cost", withKinds(points), (figure) => {
+    for (const { encoding } of figure.layer) {
+      if (encoding.x?.title) encoding.x.title = word($("cost-cost").value);
+      encoding.y.title = word($("cost-score").value);
     }
     return figure;
   });
@@ -154,11 +205,8 @@ async function drawLosses() {
   fill("loss-model", unique(chosen.map((curve) => curve.model)));
   const curves = chosen.filter((curve) => curve.model === $("loss-model").value);
   const values = curves.flatMap(({ method, part, points }) =>
-    points.map(([step, loss]) => ({ method, part: word(part), step, loss })));
-  await draw("loss", values, (figure) => {
-    figure.encoding.strokeDash.sort = ["train", "valid"].map(word);
-    return figure;
-  });
+    points.map(([step, loss]) => ({ method, part, curve: word(part), step, loss })));
+  await draw("loss", values);
 }
 
 // ---- predictions ----
@@ -209,24 +257,28 @@ function box(title, paragraph, { className = "", aside = "" } = {}) {
   return made;
 }
 
+function showAnswer(cell, index, part, { reference, isOneBase }) {
+  const [number, score, isCut] = cell.answers[index];
+  const answer = part.texts[number];
+  const isSame = answer.trim() === reference.trim();
+  const shown = answer.trim() && !isSame ? marked(reference, answer) : element("p", isSame ? answer : undefined);
+  if (!answer.trim()) shown.append(element("em", word("empty answer")));
+  if (isCut) shown.append(element("em", ` ${word("the token limit cut it off")}`));
+  const title = isOneBase ? cell.method : `${cell.model} · ${cell.method}`;
+  return box(title, shown, { className: isSame ? "same" : "", aside: isSame ? `= ${score.toFixed(1)}` : score.toFixed(1) });
+}
+
 function showRow(part, index, cells) {
   const asked = part.rows[index];
   const [prompt, reference] = asked.texts.map((number) => part.texts[number]);
-  const made = element("article", undefined, "row");
+  const [made, question, answers] = [element("article", undefined, "row"), element("div"), element("div", undefined, "answers")];
+  question.append(box(word("prompt"), element("p", prompt)));
+  question.append(box(word("reference"), element("p", reference), { className: "reference" }));
+  const isOneBase = unique(cells.map((cell) => cell.model)).length === 1;
+  const given = cells.filter((cell) => cell.answers[index]);
+  answers.append(...given.map((cell) => showAnswer(cell, index, part, { reference, isOneBase })));
   const texts = element("div", undefined, "texts");
-  texts.append(box(word("prompt"), element("p", prompt)));
-  texts.append(box(word("reference"), element("p", reference), { className: "reference" }));
-  for (const cell of cells) {
-    const given = cell.answers[index];
-    if (!given) continue;
-    const [number, score, isCut] = given;
-    const answer = part.texts[number];
-    const shown = answer.trim() ? marked(reference, answer) : element("p");
-    if (!answer.trim()) shown.append(element("em", word("empty answer")));
-    const made = box(`${cell.model} · ${cell.method}`, shown, { aside: score.toFixed(1) });
-    if (isCut) made.append(element("em", word("the token limit cut it off")));
-    texts.append(made);
-  }
+  texts.append(question, answers);
   made.append(element("h3", asked.id), texts);
   return made;
 }
