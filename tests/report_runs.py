@@ -77,3 +77,19 @@ def row(number, score, *, task="NER", **changed):
     }
     texts = {"reference": f"参考{number}", "prediction": f"回答{number}", "finish_reason": "stop"}
     return same | texts | {"scores": names} | changed
+
+
+def write_base(folder):
+    """A random Qwen2 base with a tokenizer of single bytes, as a folder; returns it."""
+    from conftest import tiny_base
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: n for n, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tiny_base("qwen2", vocab_size=len(vocabulary)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    return folder

@@ -13,7 +13,7 @@ from finetune.reporting.columns import CONVENTION_TEXTS
 from finetune.reporting.page_data import pack, packed_browser, page_data
 from finetune.reporting.pages import below
 from finetune.reporting.study import Study, has_other_scorers, state_counts, summary, tables
-from finetune.reporting.tables import Entry, Table
+from finetune.reporting.tables import Entry, Table, to_frame
 from finetune.reporting.text import one_line
 from finetune.reporting.words import CHINESE, CONVENTIONS
 
@@ -62,18 +62,20 @@ def html_table(table: Table, *, study: Study) -> Any:
     import pandas
     from markupsafe import Markup
 
-    def show(entry: Entry) -> str:
-        text = in_both_languages(entry.text)
-        linked = Markup('<a href="{}">{}</a>').format(_link(entry.folder, study=study), text) if entry.folder else text
-        if entry.alarm:
-            return Markup('<span class="alarm">{}</span>').format(linked)
-        return Markup("<b>{}</b>").format(linked) if entry.best else linked
-
-    rows = [[show(entry) for entry in row] for row in table.rows]
-    frame = pandas.DataFrame(rows, columns=[in_both_languages(title) for title in table.header], dtype=object)
+    frame = to_frame(table, show=partial(_entry, study=study), title=in_both_languages)
     with pandas.option_context("display.max_colwidth", None):  # else long cells are cut in the middle of a tag
         made = frame.to_html(index=False, escape=False, border=0, justify="unset", classes=f"names-{table.num_names}")
     return Markup('<div class="scroll">{}</div>').format(Markup(made))
+
+
+def _entry(entry: Entry, *, study: Study) -> Any:
+    from markupsafe import Markup
+
+    text = in_both_languages(entry.text)
+    linked = Markup('<a href="{}">{}</a>').format(_link(entry.folder, study=study), text) if entry.folder else text
+    if entry.alarm:
+        return Markup('<span class="alarm">{}</span>').format(linked)
+    return Markup("<b>{}</b>").format(linked) if entry.best else linked
 
 
 def _told(study: Study) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
 
 from finetune.reporting.cells import Cell, done
 from finetune.reporting.columns import COST, HEALTH, LOSS, OTHER, ROBUST, Column, rewording, rouge
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Table:
     def title(self) -> str:
         """`clinic: health of the output`."""
         return ": ".join(part for part in (self.subject, self.topic) if part)
+
+
+def to_frame(table: Table, *, show: Callable[[Entry], str] = lambda entry: entry.text, title: Any = str) -> DataFrame:
+    """The table as pandas has it, each entry and title as `show` and `title` write it."""
+    import pandas
+
+    rows = [[show(entry) for entry in row] for row in table.rows]
+    return pandas.DataFrame(rows, columns=[title(name) for name in table.header], dtype=object)
 
 
 def study_tables(cells: Sequence[Cell], *, convention: str) -> list[Table]:

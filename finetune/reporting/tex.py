@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.reporting.study import Study, summary, tables
-from finetune.reporting.tables import Entry, Table
+from finetune.reporting.tables import Entry, Table, to_frame
 from finetune.reporting.text import latex
 
 HEAD = """\
@@ -20,10 +20,7 @@ def tex_page(study: Study) -> str:
 
 def tex_table(table: Table) -> str:
     """Names left, numbers right, the best of a column bold."""
-    import pandas
-
-    rows = [[_entry(entry) for entry in row] for row in table.rows]
-    frame = pandas.DataFrame(rows, columns=[latex(title) for title in table.header], dtype=object)
+    frame = to_frame(table, show=_entry, title=latex)
     made = frame.style.hide(axis="index").to_latex(
         hrules=True,
         caption=latex(table.title),
