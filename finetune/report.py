@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -24,6 +25,8 @@ from finetune.reporting.study import Study, make_study, summary, tables
 from finetune.reporting.terminal import print_table
 from finetune.reporting.tex import tex_page
 from finetune.reporting.text import one_line
+
+Mode = Literal["online", "offline"]  # of W&B
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def report(studies: Sequence[Study], *, root: Path, wandb: str | None, console: Console) -> int:
+def report(studies: Sequence[Study], *, root: Path, wandb: Mode | None, console: Console) -> int:
     """Print and write the report of each study; returns the exit status."""
     if not studies:
         console.print(Text(f"no runs yet: {root} holds no folder with a config.yaml"))
@@ -78,7 +81,7 @@ def make_studies(root: Path, *, study: str | None, convention: str) -> list[Stud
     ]
 
 
-def _log(study: Study, *, mode: str, console: Console) -> None:
+def _log(study: Study, *, mode: Mode, console: Console) -> None:
     from finetune.reporting.summary_run import log_study
 
     try:

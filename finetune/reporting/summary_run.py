@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from finetune.reporting.cells import done
 from finetune.reporting.columns import COST, HEALTH, OTHER, rouge
@@ -12,7 +12,7 @@ from finetune.reporting.study import Study
 from finetune.reporting.tables import absent_word, num_seeds, values
 
 
-def log_study(study: Study, *, mode: str, project: str = "finetune") -> None:
+def log_study(study: Study, *, mode: Literal["online", "offline"], project: str = "finetune") -> None:
     """Log the cells of a study. mode: online | offline; whatever W&B raises is the caller's to report."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -36,14 +36,14 @@ def log_study(study: Study, *, mode: str, project: str = "finetune") -> None:
         "cost against quality": wandb.plot.scatter(table, trainable, lead, title=f"{trainable} / {lead}"),
     }
     run.log({"cells": table, **charts})
-    run.finish(quiet=True)
+    run.finish()
 
 
-def cell_table(study: Study) -> tuple[list[str], list[list[Any]]]:
+def cell_table(study: Study) -> tuple[list[Any], list[Any]]:
     """Header and rows: one line per cell, means over kinds of rows and seeds, None where there is no number."""
     shown = rouge(study.convention) + OTHER + HEALTH + COST
-    header = ["cell", "task", "model", "method", "seeds", "state", *(column.title for column in shown)]
-    rows: list[list[Any]] = []
+    header: list[Any] = ["cell", "task", "model", "method", "seeds", "state", *(column.title for column in shown)]
+    rows: list[Any] = []
     for cell in study.cells:
         names = [f"{cell.model}/{cell.method}", cell.task, cell.model, cell.method, num_seeds(cell)]
         numbers = [values(cell, part="mean", column=column) for column in shown]

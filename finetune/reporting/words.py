@@ -53,7 +53,6 @@ CHINESE = {
     "theme": "主题",
     "light": "浅色",
     "dark": "深色",
-    "text": "数值",
     # topics of tables
     "health of the output": "输出健康状况",
     "other scores": "其他分数",
