@@ -352,6 +352,7 @@ function remembered(name) {
 }
 
 async function drawAll() {
+  delete root.dataset.ready;
   root.lang = root.dataset.language === "zh" ? "zh-CN" : "en";
   for (const option of $("theme").options) option.textContent = word(option.value);
   const names = data.tasks.map((each) => each.name);
@@ -360,6 +361,7 @@ async function drawAll() {
   fill("loss-task", unique(data.curves.map((each) => each.task)));
   showRows();
   await Promise.all([drawMatrix(), drawIntervals(), drawCosts(), drawLosses()]);
+  root.dataset.ready = "yes";
 }
 
 async function start() {
@@ -383,7 +385,6 @@ async function start() {
   $("browse-previous").addEventListener("click", () => { browse.page--; showRows(); });
   $("browse-next").addEventListener("click", () => { browse.page++; showRows(); });
   await drawAll();
-  root.dataset.ready = "yes";
 }
 
 start();
