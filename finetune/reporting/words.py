@@ -1,4 +1,4 @@
-"""The words of report.html in its two languages. What is not listed (names, numbers) is the same in both."""
+"""The words of report.html in its two languages. What is not listed (numbers, and all names) is the same in both."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ CHINESE = {
     "worst first": "最差在前",
     "random rows": "随机行",
     "methods disagree": "方法分歧大",
-    "prompt": "提示",
-    "reference": "参考答案",
+    "Prompt": "提示",
+    "Reference": "参考答案",
     "the token limit cut it off": "达到长度上限被截断",
     "empty answer": "空回答",
     "previous": "上一页",

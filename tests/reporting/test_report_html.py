@@ -102,6 +102,12 @@ def test_every_chinese_word_is_used():
     assert [word for word in CHINESE if f'"{word}"' not in text] == []
 
 
+def test_no_name_is_translated():
+    names = {path.stem for path in (Path(page_data.__file__).parents[2] / "conf").glob("*/*.yaml")}
+    assert "prompt" in names
+    assert names.isdisjoint(CHINESE)
+
+
 def test_a_study_without_a_single_score_still_has_a_page(make_run, multirun):
     make_run(state="failed", reason="no memory")
     assert "no memory" in write_report(multirun).read_text(encoding="utf-8")

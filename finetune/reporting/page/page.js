@@ -272,8 +272,8 @@ function showRow(part, index, cells) {
   const asked = part.rows[index];
   const [prompt, reference] = asked.texts.map((number) => part.texts[number]);
   const [made, question, answers] = [element("article", undefined, "row"), element("div"), element("div", undefined, "answers")];
-  question.append(box(word("prompt"), element("p", prompt)));
-  question.append(box(word("reference"), element("p", reference), { className: "reference" }));
+  question.append(box(word("Prompt"), element("p", prompt)));
+  question.append(box(word("Reference"), element("p", reference), { className: "reference" }));
   const isOneBase = unique(cells.map((cell) => cell.model)).length === 1;
   const given = cells.filter((cell) => cell.answers[index]);
   answers.append(...given.map((cell) => showAnswer(cell, index, part, { reference, isOneBase })));
