@@ -1,4 +1,4 @@
-"""One cell as a process of its own: start it on its folder, watch it, and write down how it died."""
+"""Cells as processes of their own: start them on their folders, stop them, and write down how they died."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from finetune import runs
 
 GRACE_SECONDS = 30  # between the request to end and the kill
+BYTES_A_CELL = 2 * 2**30  # a cell on a miniature peaks at 1.0 to 1.3 GiB
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,52 +31,74 @@ def command(run: Path, launch: Mapping[str, Any]) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *ranks, *job]
 
 
-def supervise(run: Path, launch: Mapping[str, Any], *, watch: Callable[[], None]) -> bool:
-    """Run the job of a claimed folder to its end, calling `watch` twice a second; True when it left its scores.
+def shares(launch: Mapping[str, Any], *, num_gpus: int, miniature: bool) -> list[dict[str, str]]:
+    """What each of the cells that run at once sees of the machine, as environment variables.
 
-    The job has a session of its own and dies with this process; its output goes to run.log.
+    `launch.jobs` cells; without it one for each group of GPUs that a cell wants or, on a CPU, one for each core if the
+    bases are miniatures (their small operations gain little from a second thread), else one.
     """
-    with (run / "run.log").open("ab") as log:
-        child = subprocess.Popen(
-            command(run, launch),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
-    try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=0.5)
-                break
-            watch()
-    except BaseException:
-        _stop(child)
-        runs.fail(run, kind="interrupted", message="interrupted; the same command runs it again")
-        raise
-    done = child.returncode == 0 and (run / "scores.json").exists()
-    if not done:
-        runs.fail(run, **_death(run, child.returncode))
-    return done
+    ranks, cores = launch["num_processes"], len(os.sched_getaffinity(0))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else []
+    gpus = gpus or [str(number) for number in range(num_gpus)]
+    if launch["device"] != "cpu" and num_gpus:
+        groups = [gpus[i : i + ranks] for i in range(0, len(gpus) - ranks + 1, ranks)] or [gpus]
+        jobs = launch["jobs"] or len(groups)
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(groups[i % len(groups)])} for i in range(jobs)]
+    jobs = launch["jobs"] or (
+        max(1, min(cores // ranks, psutil.virtual_memory().available // BYTES_A_CELL)) if miniature else 1
+    )
+    return [{"OMP_NUM_THREADS": str(max(1, cores // (jobs * ranks)))}] * jobs
 
 
-def _environment() -> dict[str, str]:
+class Job:
+    """A claimed folder's job at work: a process with a session of its own that dies with this one, its log run.log."""
+
+    def __init__(self, run: Path, launch: Mapping[str, Any], *, share: Mapping[str, str]) -> None:
+        self.run = run
+        with (run / "run.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command(run, launch),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(share),
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def ended(self) -> bool:
+        """Has it come to its end? One without scores leaves failure.json."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        if code != 0 or not (self.run / "scores.json").exists():
+            runs.fail(self.run, **_death(self.run, code))
+        return True
+
+
+def stop(jobs: Collection[Job]) -> None:
+    """Ask the jobs' whole sessions to end, then end them; each folder says that it was interrupted."""
+    until = time.monotonic() + GRACE_SECONDS
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            for job in jobs:
+                job.process.wait(timeout=max(0.0, until - time.monotonic()))
+            break
+        until = time.monotonic() + GRACE_SECONDS
+    for job in jobs:
+        runs.fail(job.run, kind="interrupted", message="interrupted; the same command runs it again")
+
+
+def _environment(share: Mapping[str, str]) -> dict[str, str]:
     """This package is found from any folder; idle threads do not burn the other cells' processors."""
     here = str(Path(__file__).parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask the job's whole session to end, then end it."""
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            child.wait(timeout=seconds)
-            return
+    polite = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    gpus = {key: value for key, value in share.items() if key.startswith("CUDA")}
+    return {**polite, **share, **os.environ, **gpus, "PYTHONPATH": path}
 
 
 def _death(run: Path, code: int) -> dict[str, str]:

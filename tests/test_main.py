@@ -38,6 +38,11 @@ def base(tmp_path_factory):
     return folder
 
 
+def _from_a_terminal():
+    """A shell starts what runs in the background with Ctrl-C ignored; a person's command is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def command(tmp_path, base):
     """Runs `python -m finetune` in an empty folder on the tiny base."""
@@ -46,6 +51,7 @@ def command(tmp_path, base):
         line = [sys.executable, "-m", "finetune", *QUICK, f"model.path={base}", "model.linear=[q_proj,v_proj]", *words]
         known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         how = {"cwd": tmp_path, "env": known, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        how["preexec_fn"] = _from_a_terminal
         return subprocess.Popen(line, **how) if start else subprocess.run(line, check=False, timeout=300, **how)
 
     return run
