@@ -6,6 +6,7 @@ Exit status: 0 all done (unsupported cells included), 1 a cell failed, 2 invalid
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from hydra._internal.utils import get_args_parser
 from finetune import runs
 from finetune.cells import CONF, Cell, Invalid, cells
 from finetune.config import unsupported
-from finetune.launch import Job, shares, stop
+from finetune.launch import Job, Slot, has_gpu, shares, stop
 from finetune.progress import Progress, summary
 
 ROOT = Path("multirun")
@@ -52,11 +53,21 @@ def main() -> None:
 def sweep(todo: list[Cell]) -> int:
     """Run every cell that is not done; the exit status."""
     open_cells = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
-    num_gpus = _preflight(open_cells) if open_cells else 0
-    with Progress(num_cells=len(todo)) as progress:
-        outcomes = _run(todo, _shares(open_cells, num_gpus), progress)
+    with contextlib.ExitStack() as stack:
+        # Workers import their libraries while the configuration is checked.
+        slots = [] if has_gpu() else _slots(open_cells, 0, stack)
+        num_gpus = _preflight(open_cells) if open_cells else 0
+        slots = slots or _slots(open_cells, num_gpus, stack)
+        progress = stack.enter_context(Progress(num_cells=len(todo)))
+        outcomes = _run(todo, slots, progress)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
     return 1 if "failed" in outcomes.values() else 0
+
+
+def _slots(todo: list[Cell], num_gpus: int, stack: contextlib.ExitStack) -> list[Slot]:
+    """Room for the cells that run at once."""
+    found = _shares(todo, num_gpus)[: max(1, len(todo))]
+    return [stack.enter_context(contextlib.closing(Slot(share, forks=bool(todo) and not has_gpu()))) for share in found]
 
 
 def _shares(todo: list[Cell], num_gpus: int) -> list[dict[str, str]]:
@@ -70,14 +81,14 @@ def _shares(todo: list[Cell], num_gpus: int) -> list[dict[str, str]]:
         )
         for cell in todo
     )
-    return min(asked, key=len, default=[{}])
+    return min(asked, key=len, default=[{"OMP_NUM_THREADS": "1"}])
 
 
-def _run(todo: list[Cell], free: list[dict[str, str]], progress: Progress) -> dict[Path, str]:
-    """Bring every cell to an end, as many at once as there are shares; how each ended, by folder."""
+def _run(todo: list[Cell], free: list[Slot], progress: Progress) -> dict[Path, str]:
+    """Bring every cell to an end, as many at once as there are slots; how each ended, by folder."""
     outcomes: dict[Path, str] = {}
     waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
-    at_work: dict[Path, tuple[Cell, Job, dict[str, str]]] = {}
+    at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
 
     def end(cell: Cell, outcome: str) -> None:
         outcomes[cell.folder] = outcome
@@ -92,10 +103,10 @@ def _run(todo: list[Cell], free: list[dict[str, str]], progress: Progress) -> di
                     end(cell, begun)
                 else:
                     at_work[cell.folder] = (cell, begun, free.pop())
-            for cell, job, share in list(at_work.values()):
+            for cell, job, slot in list(at_work.values()):
                 if job.ended():
                     del at_work[cell.folder]
-                    free.append(share)
+                    free.append(slot)
                     runs.release(cell.folder)
                     end(cell, runs.state(cell.folder))
                 else:
@@ -120,7 +131,7 @@ def _bases_first(todo: list[Cell]) -> list[Cell]:
     return sorted(todo, key=lambda cell: rank[cell.folder])
 
 
-def _begin(cell: Cell, share: dict[str, str]) -> Job | str:
+def _begin(cell: Cell, slot: Slot) -> Job | str:
     """Start a cell's job; or what became of the cell without one: done, unsupported, failed, or running elsewhere."""
     state = runs.state(cell.folder)
     if state in ("done", "unsupported"):
@@ -135,7 +146,7 @@ def _begin(cell: Cell, share: dict[str, str]) -> Job | str:
         runs.clear(cell.folder)
         reason = unsupported(cell.config)
         if not reason:
-            return Job(cell.folder, cell.config["launch"], share=share)
+            return slot.start(cell.folder, cell.config["launch"])
         runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
     except OSError as error:
         runs.release(cell.folder)

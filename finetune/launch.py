@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,11 @@ def command(run: Path, launch: Mapping[str, Any]) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *ranks, *job]
 
 
+def has_gpu() -> bool:
+    """Does this host show a GPU? Asked without torch, before anything starts."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
 def shares(launch: Mapping[str, Any], *, num_gpus: int, miniature: bool) -> list[dict[str, str]]:
     """What each of the cells that run at once sees of the machine, as environment variables.
 
@@ -50,21 +58,69 @@ def shares(launch: Mapping[str, Any], *, num_gpus: int, miniature: bool) -> list
     return [{"OMP_NUM_THREADS": str(max(1, cores // (jobs * ranks)))}] * jobs
 
 
+class Slot:
+    """A share of the machine, for one job after the other; `forks`: a worker keeps the imports between them."""
+
+    def __init__(self, share: Mapping[str, str], *, forks: bool) -> None:
+        self.share = share
+        self.worker = Worker(share) if forks else None
+
+    def start(self, run: Path, launch: Mapping[str, Any]) -> Job:
+        """Start the job of a claimed folder."""
+        if self.worker and launch["num_processes"] == 1:
+            if self.worker.process.poll() is not None:
+                self.worker = Worker(self.share)
+            self.worker.start(run)
+            return Job(run, self.worker)
+        with (run / "run.log").open("ab") as log:
+            return Job(run, _popen(command(run, launch), self.share, stdout=log, stderr=subprocess.STDOUT))
+
+    def close(self) -> None:
+        """End the worker."""
+        if self.worker:
+            self.worker.process.kill()
+            self.worker.process.wait()
+
+
+class Worker:
+    """A `finetune.worker`, and the job that it runs now."""
+
+    def __init__(self, share: Mapping[str, str]) -> None:
+        self.threads = int(share["OMP_NUM_THREADS"])
+        words = [sys.executable, "-m", "finetune.worker"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = _popen(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
+        self.answers: list[int] = []
+
+    def start(self, run: Path) -> None:
+        """Ask for a job; its process id follows when the worker is ready."""
+        self.answers = []
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):  # a dead worker is seen by `poll`
+            self.process.stdin.write(json.dumps({"run": str(run.resolve()), "threads": self.threads}).encode() + b"\n")
+
+    @property
+    def pid(self) -> int:
+        """The job's process id; the worker's own while there is no job yet."""
+        return self.answers[0] if self.answers else self.process.pid
+
+    def poll(self) -> int | None:
+        """The job's exit status, negative for a signal; None while it runs."""
+        assert self.process.stdout
+        while len(self.answers) < 2 and select.select([self.process.stdout], [], [], 0)[0]:
+            line = self.process.stdout.readline()
+            if not line:
+                return self.process.wait()
+            self.answers.append(int(line))
+        return self.answers[1] if len(self.answers) == 2 else None
+
+
+@dataclass(frozen=True)
 class Job:
     """A claimed folder's job at work: a process with a session of its own that dies with this one, its log run.log."""
 
-    def __init__(self, run: Path, launch: Mapping[str, Any], *, share: Mapping[str, str]) -> None:
-        self.run = run
-        with (run / "run.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command(run, launch),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(share),
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+    run: Path
+    process: subprocess.Popen[bytes] | Worker
 
     def ended(self) -> bool:
         """Has it come to its end? One without scores leaves failure.json."""
@@ -78,18 +134,21 @@ class Job:
 
 def stop(jobs: Collection[Job]) -> None:
     """Ask the jobs' whole sessions to end, then end them; each folder says that it was interrupted."""
-    until = time.monotonic() + GRACE_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
         for job in jobs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            for job in jobs:
-                job.process.wait(timeout=max(0.0, until - time.monotonic()))
-            break
         until = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(KeyboardInterrupt):
+            while time.monotonic() < until and any(job.process.poll() is None for job in jobs):
+                time.sleep(0.05)
     for job in jobs:
         runs.fail(job.run, kind="interrupted", message="interrupted; the same command runs it again")
+
+
+def _popen(words: list[str], share: Mapping[str, str], **files: Any) -> subprocess.Popen[bytes]:
+    how = {"stdin": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": die_with_parent}
+    return subprocess.Popen(words, env=_environment(share), **{**how, **files})
 
 
 def _environment(share: Mapping[str, str]) -> dict[str, str]:
@@ -111,7 +170,7 @@ def _death(run: Path, code: int) -> dict[str, str]:
     return {"kind": "error", "message": f"exit status {code}: {last[:300]}"}
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill the job when its supervisor dies, however it dies."""
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
