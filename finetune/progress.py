@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from finetune import runs
 
@@ -62,19 +61,20 @@ class Progress:
         if name in self.cells:
             self.bars.remove_task(self.cells.pop(name))
         style = STYLES[outcome]
-        self.console.print(f"{self.count}/{self.total} {escape(name)} [{style}]{outcome}[/]", highlight=False)
+        self.console.print(
+            f"{self.count}/{self.total} {escape(name)} [{style}]{outcome}[/]", highlight=False, soft_wrap=True
+        )
 
 
 def summary(outcomes: Sequence[tuple[str, Path, str]]) -> None:
-    """A line for every kind of end, and a table of what went wrong: cell, log and the last line of the error."""
+    """A line for every kind of end, and one for every cell that has no scores: why, and its log."""
     console = Console(stderr=True)
     counts = {kind: sum(outcome == kind for _, _, outcome in outcomes) for kind in STYLES}
     console.print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number), highlight=False)
-    table = Table("cell", "why", "log")
     for name, run, outcome in outcomes:
         if outcome in ("failed", "unsupported", "unfinished"):
             record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
             why = str(record.get("message") or record.get("reason") or "stopped without a word")
-            table.add_row(escape(name), escape(why), escape(str(run / "run.log")) if outcome == "failed" else "")
-    if table.row_count:
-        console.print(table)
+            log = f" (see {run / 'run.log'})" if outcome == "failed" else ""
+            style = STYLES[outcome]
+            console.print(f"  [{style}]{outcome}[/] {escape(f'{name}: {why}{log}')}", highlight=False, soft_wrap=True)
