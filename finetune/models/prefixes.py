@@ -28,30 +28,24 @@ def insert(model: Any, attentions: Sequence[nn.Module], *, states: States, num_t
 
     `states` is asked in every layer of every pass, so that a recomputed layer has gradients of its own.
     """
-    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    layers = range(len(attentions))
 
     def enter(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         cache = kwargs["past_key_values"] = _cache(base, kwargs)
-        if cache is not None:
-            if not cache.get_seq_length():
-                _fill(cache, [states(n) for n in range(len(attentions))], like=ids, dtype=base.dtype)
-            if (mask := kwargs.get("attention_mask")) is not None:
-                kwargs["attention_mask"] = pad(mask, (num_tokens, 0), value=1)
-        if positioned:
-            given = kwargs.get("position_ids")
-            if given is None and cache is None:
-                given = torch.arange(ids.shape[1], device=ids.device)[None]
-            kwargs["position_ids"] = None if given is None else given + num_tokens
-        return args, kwargs
+        if cache is not None and not cache.get_seq_length():
+            _fill(cache, [states(layer) for layer in layers], num_rows=len(ids), dtype=base.dtype)
+        return args, kwargs | _shifted(base, kwargs, ids=ids, num_tokens=num_tokens)
 
     def attend(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name = "layer_past" if "layer_past" in kwargs else "past_key_values"
         if kwargs.get(name) is None:
             hidden = args[0] if args else kwargs["hidden_states"]
             kwargs |= _around(kwargs, hidden=hidden, num_tokens=num_tokens)
-            order = _order(kwargs["cu_seq_lens_q"], hidden.shape[1], num_tokens) if _packed(kwargs) else None
-            kwargs[name] = _Before(states(module.layer_idx), order)
+            bounds, found = kwargs.get("cu_seq_lens_q"), None
+            if bounds is not None:
+                found, _ = order(bounds, num_real=hidden.shape[1], num_tokens=num_tokens)
+            kwargs[name] = _Before(states(module.layer_idx), found)
         return args, kwargs
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
@@ -89,20 +83,32 @@ def _cache(base: Any, kwargs: dict[str, Any]) -> Any:
     return kwargs.get("past_key_values")
 
 
-def _fill(cache: Any, states: Sequence[Tensor], *, like: Tensor, dtype: torch.dtype) -> None:
+def _fill(cache: Any, states: Sequence[Tensor], *, num_rows: int, dtype: torch.dtype) -> None:
+    """Make the prefix the first entries of every row's cache."""
     for layer, both in enumerate(states):
-        key, value = both.to(dtype)[:, None].expand(-1, len(like), -1, -1, -1)
+        key, value = both.to(dtype)[:, None].expand(-1, num_rows, -1, -1, -1)
         cache.update(key, value, layer)
 
 
-def _packed(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("cu_seq_lens_q") is not None
+def _shifted(base: Any, kwargs: dict[str, Any], *, ids: Tensor, num_tokens: int) -> dict[str, Any]:
+    """Positions behind the prefix, and with a cache a mask that covers it; without one every attention widens its own.
+
+    A base without position ids (BLOOM) takes them from its mask, or from the length of its cache.
+    """
+    found: dict[str, Any] = {}
+    mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+    if cache is not None and mask is not None:
+        found["attention_mask"] = pad(mask, (num_tokens, 0), value=1)
+    if positions is None and cache is None:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    if positions is not None and "position_ids" in inspect.signature(base.forward).parameters:
+        found["position_ids"] = positions + num_tokens
+    return found
 
 
 def _around(kwargs: dict[str, Any], *, hidden: Tensor, num_tokens: int) -> dict[str, Any]:
     """The mask, ALiBi or row boundaries of an attention whose keys begin with the prefix."""
-    if _packed(kwargs):
-        bounds = kwargs["cu_seq_lens_q"]
+    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
         more = num_tokens * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
         return {"cu_seq_lens_k": bounds + more, "max_length_k": kwargs["max_length_q"] + num_tokens}
     mask, tokens = kwargs.get("attention_mask"), hidden.shape[1]
@@ -119,8 +125,11 @@ def _around(kwargs: dict[str, Any], *, hidden: Tensor, num_tokens: int) -> dict[
     return found
 
 
-def _order(bounds: Tensor, num_real: int, num_tokens: int) -> Tensor:
-    """Index (rows * virtual + real tokens,) into (all rows' prefixes, pack) that puts a prefix before each row."""
+def order(bounds: Tensor, *, num_real: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Index (rows * virtual + real tokens,) into (all rows' prefixes, pack) that puts a prefix before each row.
+
+    And each of these tokens' place in its row, the prefix counted.
+    """
     rows = len(bounds) - 1
     start = bounds.long()
     joined = start + num_tokens * torch.arange(rows + 1, device=bounds.device)
@@ -128,4 +137,4 @@ def _order(bounds: Tensor, num_real: int, num_tokens: int) -> Tensor:
     row = torch.searchsorted(joined, place, right=True) - 1
     offset = place - joined[row]
     real = rows * num_tokens + start[row] + offset - num_tokens
-    return torch.where(offset < num_tokens, row * num_tokens + offset, real)
+    return torch.where(offset < num_tokens, row * num_tokens + offset, real), offset
