@@ -95,6 +95,7 @@ def test_a_grid_is_not_run_twice(command, tmp_path):
         assert "owner.json" not in names
         scores = json.loads((folder / "scores.json").read_text())
         assert scores["scores"]["mean"]["num_rows"] == 6
+        assert json.loads((folder / "environment.json").read_text())["padding_free"]
     before = times(tmp_path / "multirun")
     again = command(*words)
     assert again.returncode == 0
