@@ -101,7 +101,13 @@ def _load(run: Path, config: Mapping[str, Any]) -> Job:
         loss_on=config["optim"]["loss_on"],
         device=accelerator.device,
     )
-    train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, split.valid))
+    limits = {key: config["task"][key] for key in ("max_prompt_tokens", "max_target_tokens")}
+
+    def encode(part: Sequence[rows.Row]) -> list[Example]:
+        return encode_rows(part, base.tokenizer, **limits)
+
+    asked = method.rows(split.valid, split.train, fits=lambda row: not encode([row])[0].prompt_cut)
+    train_rows, valid_rows = encode(split.train), encode(asked)
     if accelerator.is_main_process:
         cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
         forms = split.templates_hash + template_hash(base.tokenizer)
@@ -110,7 +116,7 @@ def _load(run: Path, config: Mapping[str, Any]) -> Job:
             "source": base.source,
             "precision": precision,
             "padding_free": feeder.packed,
-            "notes": split.notes | cut,
+            "notes": split.notes | cut | method.notes(),
         }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
     return Job(run, config, accelerator, method, base, split, train_rows, valid_rows, feeder)
@@ -187,11 +193,6 @@ def _base(config: Mapping[str, Any], device: torch.device, *, precision: str) ->
     base = load(model, scale=config["scale"], quantize=quantize, device=str(device), max_tokens=tokens, log=log.info)
     log.info("base %s from %s", config["model"]["name"], base.source)
     return base
-
-
-def _encode(part: Sequence[rows.Row], base: Base, config: Mapping[str, Any]) -> list[Example]:
-    limits = {key: config["task"][key] for key in ("max_prompt_tokens", "max_target_tokens")}
-    return encode_rows(part, base.tokenizer, **limits)
 
 
 def _plan(job: Job) -> list[list[int]]:

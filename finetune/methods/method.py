@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ class Method(ABC):
     leaves_base_intact = True  # False: the base's own weights change (full tuning); they are then kept in float32
     padding_free = True  # False: has virtual tokens, so rows are padded
     checkpointable = True  # False: cannot recompute activations in the backward pass
+
+    def rows(self, rows: Sequence[Row], train_rows: Sequence[Row], *, fits: Callable[[Row], bool]) -> Sequence[Row]:
+        """The rows as they are asked, in their order; `fits` tells whether a row's prompt keeps its limit."""
+        return rows
+
+    def notes(self) -> dict[str, int]:
+        """Counts of what `rows` did, for environment.json."""
+        return {}
 
     @abstractmethod
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
