@@ -138,6 +138,7 @@ class Optim(Section):
     accumulation: Count
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     loss_on: Literal["target", "all"]
+    neftune_alpha: Annotated[float, Field(gt=0)] | None
     validations: Annotated[int, Field(ge=0)]
 
 
