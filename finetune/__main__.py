@@ -6,10 +6,13 @@ Exit status: 0 all done (unsupported cells included), 1 a cell failed, 2 invalid
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from hydra._internal.utils import get_args_parser
 from finetune import runs
 from finetune.cells import CONF, Cell, Invalid, cells
 from finetune.config import unsupported
-from finetune.launch import supervise
+from finetune.launch import Job, Slot, has_gpu, shares, stop
 from finetune.progress import Progress, summary
 
 ROOT = Path("multirun")
@@ -50,41 +53,118 @@ def main() -> None:
 def sweep(todo: list[Cell]) -> int:
     """Run every cell that is not done; the exit status."""
     open_cells = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
-    if open_cells:
-        _preflight(open_cells)
-    outcomes: list[str] = []
-    with Progress(num_cells=len(todo)) as progress:
-        for cell in todo:
-            outcomes.append(_run(cell, progress))
-            progress.advance(cell.name, outcomes[-1])
-    summary([(cell.name, cell.folder, outcome) for cell, outcome in zip(todo, outcomes, strict=True)])
-    return 1 if "failed" in outcomes else 0
+    with contextlib.ExitStack() as stack:
+        # Workers import their libraries while the configuration is checked.
+        slots = [] if has_gpu() else _slots(open_cells, 0, stack)
+        num_gpus = _preflight(open_cells) if open_cells else 0
+        slots = slots or _slots(open_cells, num_gpus, stack)
+        progress = stack.enter_context(Progress(num_cells=len(todo)))
+        outcomes = _run(todo, slots, progress)
+    summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
+    return 1 if "failed" in outcomes.values() else 0
 
 
-def _run(cell: Cell, progress: Progress) -> str:
-    """Bring one cell to an end: done, unsupported, failed, or running elsewhere."""
+def _slots(todo: list[Cell], num_gpus: int, stack: contextlib.ExitStack) -> list[Slot]:
+    """Room for the cells that run at once."""
+    found = _shares(todo, num_gpus)[: max(1, len(todo))]
+    return [stack.enter_context(contextlib.closing(Slot(share, forks=bool(todo) and not has_gpu()))) for share in found]
+
+
+def _shares(todo: list[Cell], num_gpus: int) -> list[dict[str, str]]:
+    """What each of the cells that run at once may use: as few at once as the most demanding cell wants."""
+    asked = (
+        shares(
+            cell.config["launch"],
+            num_gpus=num_gpus,
+            miniature=cell.config["model"]["path"] is None
+            and cell.config["model"]["weights"].get(cell.config["scale"]) == "miniature",
+        )
+        for cell in todo
+    )
+    return min(asked, key=len, default=[{"OMP_NUM_THREADS": "1"}])
+
+
+def _run(todo: list[Cell], free: list[Slot], progress: Progress) -> dict[Path, str]:
+    """Bring every cell to an end, as many at once as there are slots; how each ended, by folder."""
+    outcomes: dict[Path, str] = {}
+    waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
+    at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
+
+    def end(cell: Cell, outcome: str) -> None:
+        outcomes[cell.folder] = outcome
+        progress.advance(cell.name, outcome)
+
+    try:
+        while waiting or at_work:
+            while waiting and free:
+                cell = waiting.popleft()
+                begun = _begin(cell, free[-1])
+                if isinstance(begun, str):
+                    end(cell, begun)
+                else:
+                    at_work[cell.folder] = (cell, begun, free.pop())
+            for cell, job, slot in list(at_work.values()):
+                if job.ended():
+                    del at_work[cell.folder]
+                    free.append(slot)
+                    runs.release(cell.folder)
+                    end(cell, runs.state(cell.folder))
+                else:
+                    progress.watch(cell.name, cell.folder)
+            if at_work:
+                time.sleep(0.2)
+    except BaseException:
+        stop([job for _, job, _ in at_work.values()])
+        for folder in at_work:
+            runs.release(folder)
+        raise
+    return outcomes
+
+
+def _bases_first(todo: list[Cell]) -> list[Cell]:
+    """The first cell of every base, then the second of each: bases that must be built are built side by side."""
+    seen: Counter[str] = Counter()
+    rank: dict[Path, int] = {}
+    for cell in todo:
+        rank[cell.folder] = seen[cell.folder.parts[-3]]
+        seen[cell.folder.parts[-3]] += 1
+    return sorted(todo, key=lambda cell: rank[cell.folder])
+
+
+def _begin(cell: Cell, slot: Slot) -> Job | str:
+    """Start a cell's job; or what became of the cell without one: done, unsupported, failed, or running elsewhere."""
     state = runs.state(cell.folder)
     if state in ("done", "unsupported"):
         return state
     try:
-        with runs.owned(cell.folder, cell.config):
-            runs.clear(cell.folder)
-            reason = unsupported(cell.config)
-            if reason:
-                runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
-                return "unsupported"
-            launch = cell.config["launch"]
-            supervise(cell.folder, launch, watch=lambda: progress.watch(cell.name, cell.folder))
+        runs.claim(cell.folder, cell.config)
     except runs.Taken:
         return "running"
     except OSError as error:
-        print(f"{cell.name}: {error}", file=sys.stderr)
-        return "failed"
-    return runs.state(cell.folder)
+        return _cannot_write(cell, error)
+    try:
+        runs.clear(cell.folder)
+        reason = unsupported(cell.config)
+        if not reason:
+            return slot.start(cell.folder, cell.config["launch"])
+        runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
+    except OSError as error:
+        runs.release(cell.folder)
+        return _cannot_write(cell, error)
+    runs.release(cell.folder)
+    return "unsupported"
 
 
-def _preflight(todo: list[Cell]) -> None:
-    """What only the libraries and the data can tell, in one child before anything starts; raises `Invalid`."""
+def _cannot_write(cell: Cell, error: OSError) -> str:
+    print(f"{cell.name}: {error}", file=sys.stderr)
+    return "failed"
+
+
+def _preflight(todo: list[Cell]) -> int:
+    """What only the libraries and the data can tell, in one child before anything starts; raises `Invalid`.
+
+    The number of GPUs.
+    """
     asked: dict[str, dict[str, Any]] = {}
     for cell in todo:
         part = {key: cell.config[key] for key in ("model", "method", "task", "optim", "scale")}
@@ -98,9 +178,10 @@ def _preflight(todo: list[Cell]) -> None:
     )
     if child.returncode:
         raise Invalid(f"the check of the configuration failed: {child.stderr.strip()[-2000:]}")
-    wrong = json.loads(child.stdout)
-    if wrong:
-        raise Invalid("\n".join(wrong))
+    found = json.loads(child.stdout)
+    if found["wrong"]:
+        raise Invalid("\n".join(found["wrong"]))
+    return int(found["num_gpus"])
 
 
 def _ask_hydra() -> None:

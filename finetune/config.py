@@ -149,6 +149,7 @@ class Launch(Section):
 
     name: Word
     num_processes: Annotated[int, Field(ge=1, le=1024)]
+    jobs: Annotated[int, Field(ge=1, le=1024)] | None
     device: Literal["auto", "cpu", "cuda"]
 
 

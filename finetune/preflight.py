@@ -1,6 +1,6 @@
 """The checks that need the libraries, in one process before a sweep starts: data, optimizer, adapter arguments.
 
-Reads a JSON list of {model, method, task, optim, scale} from standard input, writes a JSON list of problems.
+Reads a JSON list of {model, method, task, optim, scale} from standard input; writes {"wrong": [...], "num_gpus": N}.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from finetune.data import rows
 from finetune.methods.build import build
@@ -24,7 +26,7 @@ def main() -> None:
             if key not in seen:
                 seen.add(key)
                 found.update(dict.fromkeys(_problems(check, what)))
-    json.dump(list(found), sys.stdout)
+    json.dump({"wrong": list(found), "num_gpus": torch.cuda.device_count()}, sys.stdout)
 
 
 def _problems(check: Callable[[Mapping[str, Any]], object], what: Mapping[str, Any]) -> list[str]:

@@ -10,9 +10,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from finetune import runs
 
@@ -20,7 +19,7 @@ STYLES = {"done": "green", "failed": "bold red", "unsupported": "yellow", "runni
 
 
 class Progress:
-    """One bar for the sweep and one for the cell at work."""
+    """One bar for the sweep and one for every cell at work."""
 
     def __init__(self, *, num_cells: int) -> None:
         self.console = Console(stderr=True)
@@ -30,8 +29,7 @@ class Progress:
         tail = (TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
         self.bars = Bars(*columns, *tail, console=self.console, disable=not self.console.is_terminal)
         self.sweep = self.bars.add_task("sweep", total=num_cells, note="")
-        self.cell = self.bars.add_task("cell", total=None, note="", visible=False)
-        self.name = ""
+        self.cells: dict[str, TaskID] = {}
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -42,9 +40,10 @@ class Progress:
 
     def watch(self, name: str, run: Path) -> None:
         """Show where the job in `run` stands, from its own files."""
-        if name != self.name:
-            self.name = name
-            self.bars.reset(self.cell, total=None, visible=True, description=escape(name))
+        if self.bars.disable:
+            return
+        if name not in self.cells:
+            self.cells[name] = self.bars.add_task(escape(name), total=None, note="")
         step: dict[str, float] = {}
         with contextlib.suppress(ValueError, IndexError):
             step = json.loads(runs.tail(run / "steps.jsonl", 1)[-1])
@@ -53,26 +52,29 @@ class Progress:
         note = line[:80]
         if step and step["step"] < step["num_steps"]:
             note = f"loss {step['loss']:.3f}  {step['tokens_per_second']:.0f} tokens/s"
-        self.bars.update(self.cell, total=total, completed=step.get("step", 0), note=note)
+        self.bars.update(self.cells[name], total=total, completed=step.get("step", 0), note=note)
 
     def advance(self, name: str, outcome: str) -> None:
         """A cell has ended."""
         self.count += 1
         self.bars.update(self.sweep, advance=1)
+        if name in self.cells:
+            self.bars.remove_task(self.cells.pop(name))
         style = STYLES[outcome]
-        self.console.print(f"{self.count}/{self.total} {escape(name)} [{style}]{outcome}[/]", highlight=False)
+        self.console.print(
+            f"{self.count}/{self.total} {escape(name)} [{style}]{outcome}[/]", highlight=False, soft_wrap=True
+        )
 
 
 def summary(outcomes: Sequence[tuple[str, Path, str]]) -> None:
-    """A line for every kind of end, and a table of what went wrong: cell, log and the last line of the error."""
+    """A line for every kind of end, and one for every cell that has no scores: why, and its log."""
     console = Console(stderr=True)
     counts = {kind: sum(outcome == kind for _, _, outcome in outcomes) for kind in STYLES}
     console.print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number), highlight=False)
-    table = Table("cell", "why", "log")
     for name, run, outcome in outcomes:
         if outcome in ("failed", "unsupported", "unfinished"):
             record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
             why = str(record.get("message") or record.get("reason") or "stopped without a word")
-            table.add_row(escape(name), escape(why), escape(str(run / "run.log")) if outcome == "failed" else "")
-    if table.row_count:
-        console.print(table)
+            log = f" (see {run / 'run.log'})" if outcome == "failed" else ""
+            style = STYLES[outcome]
+            console.print(f"  [{style}]{outcome}[/] {escape(f'{name}: {why}{log}')}", highlight=False, soft_wrap=True)

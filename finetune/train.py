@@ -374,9 +374,8 @@ def _kind(error: BaseException) -> str:
     return "error"
 
 
-def main() -> None:
-    """Run the folder on the command line; a failure is written into it."""
-    run = Path(sys.argv[1])
+def main(run: Path) -> None:
+    """Run a folder; a failure is written into it and exits with status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -393,4 +392,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

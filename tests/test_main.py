@@ -1,5 +1,6 @@
 """The command line on real processes: grids of tiny cells on a base that is made here."""
 
+import contextlib
 import json
 import os
 import signal
@@ -38,6 +39,11 @@ def base(tmp_path_factory):
     return folder
 
 
+def _from_a_terminal():
+    """A shell starts what runs in the background with Ctrl-C ignored; a person's command is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def command(tmp_path, base):
     """Runs `python -m finetune` in an empty folder on the tiny base."""
@@ -46,6 +52,7 @@ def command(tmp_path, base):
         line = [sys.executable, "-m", "finetune", *QUICK, f"model.path={base}", "model.linear=[q_proj,v_proj]", *words]
         known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         how = {"cwd": tmp_path, "env": known, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        how["preexec_fn"] = _from_a_terminal
         return subprocess.Popen(line, **how) if start else subprocess.run(line, check=False, timeout=300, **how)
 
     return run
@@ -53,6 +60,16 @@ def command(tmp_path, base):
 
 def folders(tmp_path):
     return [path.parent for path in sorted(tmp_path.glob("multirun/*/*/*/*/seed*/config.yaml"))]
+
+
+def processes_in(folder):
+    """Command lines of the processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                found.append((process / "cmdline").read_text())
+    return found
 
 
 def times(folder):
@@ -132,8 +149,7 @@ def test_no_orphans_when_the_sweep_ends_early(command, tmp_path, number, status,
     sweep.communicate(timeout=60)
     assert sweep.returncode == status
     time.sleep(1 if number == signal.SIGKILL else 0)
-    jobs = subprocess.run(["pgrep", "-f", f"finetune.train {tmp_path}"], capture_output=True, text=True, check=False)
-    assert jobs.stdout == ""
+    assert processes_in(tmp_path) == []
     [folder] = folders(tmp_path)
     if number != signal.SIGKILL:
         assert json.loads((folder / "failure.json").read_text())["kind"] == "interrupted"
