@@ -103,7 +103,9 @@ def reached(probe: Probe, model: Any) -> set[int]:
     """Ids of the parameters that the gradient of one row's loss reaches."""
     with _at_rest(probe, model), torch.enable_grad():
         model.train()
-        _loss(probe, model, probe.seen[0]).backward()
+        loss = _loss(probe, model, probe.seen[0])
+        if loss.requires_grad:
+            loss.backward()
     found = {id(p) for p in model.parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found

@@ -34,7 +34,7 @@ from finetune.methods.method import Method
 from finetune.models.attention import packs
 from finetune.models.load import Base, load
 from finetune.models.tokenizer import Example, encode_rows, template_hash
-from finetune.probe import Probe, Subject
+from finetune.probe import Probe, State, Subject
 from finetune.scores import aggregate
 from finetune.track import Tracker
 
@@ -85,9 +85,9 @@ def train(run: Path) -> None:
     log.info("%d training rows, %d to validate, %d steps", len(job.train_rows), len(job.valid_rows), len(steps))
     tracker = Tracker(run, config if job.main else None)
     probe, general_loss = _probe(job, steps), _general_loss(job, job.base.model)
-    before = checks.twice(probe, job.base.model) if job.main else ()
+    base_states, base_seconds = _measured(job, probe, job.base.model)
     model, counts = _attach(job, num_steps=len(steps))
-    before = (*before, *checks.twice(probe, model)) if job.main else ()
+    start_states, start_seconds = _measured(job, probe, model)
     model, history = _tune(job, model, steps, tracker)
     if job.main:
         job.method.save(model, run / "adapter")
@@ -96,6 +96,7 @@ def train(run: Path) -> None:
     predictions = _predictions(job, model)
     predicted = time.perf_counter()
     own = {} if history or job.method.answers else {"valid": job.valid_loss(model)}
+    checking = time.perf_counter()
     if job.main:
         memory = peak_memory_gib(job.accelerator.device)
         subject = Subject(job.method, model, job.base.model)
@@ -209,6 +210,13 @@ def _probe(job: Job, steps: Sequence[Sequence[int]]) -> Probe:
     rows_asked = job.asked[:PROBE_ROWS]
     valid = job.valid_rows[:PROBE_ROWS]
     return Probe(job.accelerator, valid, examples, _decoding(job), loss_on, rows_asked, job.encode)
+
+
+def _measured(job: Job, probe: Probe, model: Any) -> tuple[tuple[State, ...], float]:
+    """The model measured twice, in the process that writes; and the seconds that took."""
+    began = time.perf_counter()
+    found = checks.twice(probe, model) if job.main else ()
+    return found, time.perf_counter() - began
 
 
 def _general_loss(job: Job, model: Any, *, key: str = "base") -> dict[str, Any]:
