@@ -100,11 +100,12 @@ def train(run: Path) -> None:
     if job.main:
         memory = peak_memory_gib(job.accelerator.device)
         subject = Subject(job.method, model, job.base.model)
+        before = (*base_states, *start_states)
         found = checks.examine(probe, subject, before, reload=lambda: _reload(job), optim=config["optim"])
         now = time.perf_counter()
         seconds = {
             "predict_seconds": predicted - started,
-            "check_seconds": now - predicted,
+            "check_seconds": base_seconds + start_seconds + now - checking,
             "total_seconds": now - began,
         }
         result = _result(job, predictions, history, cost={**counts, **seconds, "peak_memory_gib": memory})

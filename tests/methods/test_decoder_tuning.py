@@ -22,12 +22,12 @@ def encode(rows):
 
 
 def rows(count, *, seed=0):
-    """The first letter of the prompt tells the answer; one in ten is answered outside of its choices."""
+    """The last letter of the prompt tells the answer; one in ten is answered outside of its choices."""
     draw = random.Random(seed)
     found = []
     for n in range(count):
         target = draw.choice((*CHOICES, "无")) if n % 10 == 0 else draw.choice(CHOICES)
-        prompt = "abcd"[(*CHOICES, "无").index(target)] + "".join(draw.choices("xyz", k=3))
+        prompt = "".join(draw.choices("xyz", k=3)) + "abcd"[(*CHOICES, "无").index(target)]
         found.append(Row(f"r{n}", "A", "cls", prompt, target, choices=CHOICES))
     return found
 
