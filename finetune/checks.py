@@ -83,9 +83,10 @@ def logits(probe: Probe, subject: Subject, states: Sequence[State]) -> Finding:
     first, last = _apart(start, base), min(_apart(end, base), _apart(end, start))
     same = first <= max(EFFECT * noise, rounding(probe, subject.model) * scale)
     note = f"the start differs from the base by {first:.2g}, the end by {last:.2g}; two runs of the base by {noise:.1g}"
-    if not subject.method.starts_as_base:
+    starts = subject.method.starts_as_base and subject.method.prefix_kv(subject.model) is None
+    if not starts:
         note += "; this method does not start as the base"
-    return Finding((same or not subject.method.starts_as_base) and last > EFFECT * noise, note)
+    return Finding((same or not starts) and last > EFFECT * noise, note)
 
 
 def loss(start: Tensor, control: Tensor, end: Tensor) -> Finding:
@@ -131,7 +132,7 @@ def _reload(probe: Probe, subject: Subject, end: State, reload: Callable[[], Sub
 
 def of_method(probe: Probe, subject: Subject, end: State, *, alpha: float | None) -> Finding:
     """What only the method can tell; and that NEFTune's noise is silent in evaluation."""
-    found = [finding for finding in [subject.method.check(subject.model)] if finding]
+    found = [finding for finding in (subject.method.check(subject.model), prefixed(probe, subject)) if finding]
     if alpha and subject.method.trains:
         apart = _apart(measure(probe, subject.model).logits, end.logits)
         silent = apart <= rounding(probe, subject.model) * float(end.logits.abs().max())
@@ -139,6 +140,17 @@ def of_method(probe: Probe, subject: Subject, end: State, *, alpha: float | None
     if not found:
         return Finding(None, "this method has no check of its own")
     return Finding(all(finding.ok for finding in found), "; ".join(finding.note for finding in found))
+
+
+@torch.no_grad()
+def prefixed(probe: Probe, subject: Subject) -> Finding | None:
+    """Is the prefix in the cache that a generation goes on with?"""
+    prefix = subject.method.prefix_kv(subject.model)
+    if prefix is None:
+        return None
+    ids = torch.tensor([probe.rows[0].ids[:3]], device=subject.model.device)
+    found = subject.model(input_ids=ids, use_cache=True).past_key_values.get_seq_length() - ids.shape[1]
+    return Finding(found == prefix.shape[3], f"{found} of {prefix.shape[3]} prefix positions in a generation's cache")
 
 
 def _find(name: str, check: Callable[[], Finding]) -> Finding:

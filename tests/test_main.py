@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import tiny_base
 
@@ -53,9 +54,15 @@ def command(tmp_path, base):
         known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         how = {"cwd": tmp_path, "env": known, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         how["preexec_fn"] = _from_a_terminal
-        return subprocess.Popen(line, **how) if start else subprocess.run(line, check=False, timeout=300, **how)
+        if not start:
+            return subprocess.run(line, check=False, timeout=300, **how)
+        started.append(subprocess.Popen(line, **how))
+        return started[-1]
 
-    return run
+    started = []
+    yield run
+    for process in started:
+        process.kill()
 
 
 def folders(tmp_path):
@@ -63,12 +70,12 @@ def folders(tmp_path):
 
 
 def processes_in(folder):
-    """Command lines of the processes that work in a folder."""
-    found = []
+    """The processes that work in a folder, with their command lines."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (process / "cwd").readlink() == folder:
-                found.append((process / "cmdline").read_text())
+                found[process] = (process / "cmdline").read_text()
     return found
 
 
@@ -88,6 +95,7 @@ def test_a_grid_is_not_run_twice(command, tmp_path):
         assert "owner.json" not in names
         scores = json.loads((folder / "scores.json").read_text())
         assert scores["scores"]["mean"]["num_rows"] == 6
+        assert json.loads((folder / "environment.json").read_text())["padding_free"]
     before = times(tmp_path / "multirun")
     again = command(*words)
     assert again.returncode == 0
@@ -166,7 +174,7 @@ def test_no_orphans_when_the_sweep_ends_early(command, tmp_path, number, status,
     sweep.communicate(timeout=60)
     assert sweep.returncode == status
     time.sleep(1 if number == signal.SIGKILL else 0)
-    assert processes_in(tmp_path) == []
+    assert processes_in(tmp_path) == {}
     [folder] = folders(tmp_path)
     if number != signal.SIGKILL:
         assert json.loads((folder / "failure.json").read_text())["kind"] == "interrupted"
@@ -209,3 +217,21 @@ def test_a_wrong_number_of_processes_is_refused(tmp_path, base, command):
     result = subprocess.run(job, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1
     assert "launch.num_processes=3, but 1" in result.stdout
+
+
+def test_a_killed_worker_loses_one_cell(command, tmp_path):
+    sweep = command(
+        "-m", "method=lora,none", "optim.max_steps=100000", "optim.epochs=1000", "launch.jobs=1", start=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("multirun/*/*/*/lora*/seed1/steps.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    [worker] = psutil.Process(sweep.pid).children()
+    worker.kill()
+    sweep.communicate(timeout=120)
+    assert sweep.returncode == 1
+    [failure] = tmp_path.glob("multirun/*/*/*/lora*/seed1/failure.json")
+    assert json.loads(failure.read_text())["kind"] == "killed"
+    assert len(list(tmp_path.glob("multirun/*/*/*/none*/seed1/scores.json"))) == 1
+    assert processes_in(tmp_path) == {}

@@ -80,6 +80,10 @@ class Method(ABC):
         """(virtual tokens, hidden): what stands before each prompt; the base itself then generates."""
         return None
 
+    def prefix_kv(self, model: Any) -> Tensor | None:
+        """(layers, 2, key heads, virtual tokens, size): the keys and values that every row's cache begins with."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What resuming needs and no state dict holds."""
         return {}

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from finetune.data.rows import Row
 from finetune.methods.method import Finding, Method
+from finetune.models import virtual_tokens
 
 PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # live in the cache, not among the embeddings
+EMBEDDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)  # virtual tokens that are put before each row here
 # LoRA starts that take a part out of the base's weights and put it into A and B, and do not give it back.
 MOVING = ("pissa", "olora", "loftq")
 RANDOM = (PeftType.UNILORA, PeftType.VBLORA)  # their factors are small at the start, but not 0
@@ -25,7 +27,8 @@ class Peft(Method):
 
     def __init__(self, config: PeftConfig) -> None:
         self.config = config
-        self.padding_free = not config.is_prompt_learning
+        self.wrapper: Any = None  # PEFT's own model, where the base is trained without it
+        self.padding_free = config.peft_type in EMBEDDED or not config.is_prompt_learning
         start = str(getattr(config, "init_lora_weights", None))
         moves = start.startswith(MOVING) or getattr(config, "kasa_config", None)
         self.leaves_base_intact = not (moves or config.peft_type in COPYING)
@@ -37,7 +40,7 @@ class Peft(Method):
 
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Wrap the base; PEFT keeps the method's weights in float32."""
-        return get_peft_model(model, self.config)
+        return self._unwrapped(get_peft_model(model, self.config))
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """The terms of KaSA (eq. 9-12) and MonteCLoRA; PEFT computes them and leaves adding them to the loop."""
@@ -54,18 +57,22 @@ class Peft(Method):
         expected = self.config.num_virtual_tokens
         return Finding(found == expected, f"{found} of {expected} prefix positions in the cache of a generation")
 
-    def virtual_embeddings(self, model: Any) -> Tensor | None:
-        """Prompt tuning's and P-tuning's; a prefix lives in the cache instead."""
-        inserted = self.config.is_prompt_learning and self.config.peft_type not in PREFIXES
-        return model.get_prompt(batch_size=1)[0] if inserted else None
-
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT reads it back."""
-        model.save_pretrained(folder, save_embedding_layers=False)
+        (self.wrapper or model).save_pretrained(folder, save_embedding_layers=False)
 
     def load(self, model: Any, folder: Path) -> Any:
         """PEFT's own loading, from safetensors."""
-        return PeftModel.from_pretrained(model, folder)
+        return self._unwrapped(PeftModel.from_pretrained(model, folder))
+
+    def _unwrapped(self, wrapper: Any) -> Any:
+        """PEFT's model; with virtual tokens the base, because PEFT ignores a pack's boundaries and a row's padding."""
+        if self.config.peft_type not in EMBEDDED:
+            return wrapper
+        self.wrapper, base = wrapper, wrapper.get_base_model()
+        base.prompt_encoder = wrapper.prompt_encoder["default"]
+        virtual_tokens.insert(base, embeddings=lambda: wrapper.get_prompt(batch_size=1)[0])
+        return base
 
 
 class AdaLora(Method):

@@ -1,7 +1,8 @@
 """Padding-free attention: rows lie one after another in one sequence, and each attends to itself only.
 
 Registered with transformers' `AttentionInterface` as "packed"; no mask is built for it, and it receives the row
-boundaries that the forward pass was given as `cu_seq_lens_q` and `max_length_q`.
+boundaries that the forward pass was given as `cu_seq_lens_q` and `max_length_q`; those of the keys differ from them
+where a prefix stands before each row (finetune.models.prefixes).
 """
 
 from __future__ import annotations
@@ -42,21 +43,28 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within rows: query (1, heads, tokens, size) -> (1, tokens, heads, size); no dropout."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave autocast's precision
-    bounds, scale = options["cu_seq_lens_q"], options.get("scaling")
+    bounds, key_bounds, scale = options["cu_seq_lens_q"], options["cu_seq_lens_k"], options.get("scaling")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, size)
-        longest = options["max_length_q"]
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **_causal(q, k))
+        longest, most_keys = options["max_length_q"], options["max_length_k"]
+        out = varlen_attn(q, k, v, bounds, key_bounds, longest, most_keys, scale=scale, **_causal(q, k))
         assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
         return out[None], None
     grouped = query.shape[1] != key.shape[1]
-    parts = [
-        scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale, enable_gqa=grouped
+    parts = []
+    for (a, b), (c, d) in zip(pairwise(bounds.tolist()), pairwise(key_bounds.tolist()), strict=True):
+        mask = None if d - c == b - a else causal(b - a, d - c, device=query.device)
+        q, k, v = query[:, :, a:b], key[:, :, c:d], value[:, :, c:d]
+        parts.append(
+            scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
         )
-        for a, b in pairwise(bounds.tolist())
-    ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def causal(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:
+    """True (queries, keys) where a query sees a key, the last query the last key."""
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return seen.tril(num_keys - num_queries)
 
 
 def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:

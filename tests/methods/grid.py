@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ OTHER_START = ("cartridge", "kasa", "prefix", "prompt", "ptuning", "ptuning_v2",
 SMALLER = {
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 16},
+    "cartridge": {"text": "a text"},
     "fourierft": {"n_frequency": 200},
     "kasa": {"r": 8},
     "psoft": {"r": 8},
@@ -55,9 +57,14 @@ def make(name: str, architecture: str) -> Method:
     return build(config(name, architecture)["method"])
 
 
+def tokenizer(text: str, *, add_special_tokens: bool) -> Any:
+    """Letters as tokens of the tiny bases."""
+    return SimpleNamespace(input_ids=[ord(letter) % 93 + 3 for letter in text])
+
+
 def attach(method: Method, base: Any, *, num_steps: int = 20) -> Any:
     torch.manual_seed(1)
-    return method.attach(base, tokenizer=None, num_steps=num_steps, train_rows=())
+    return method.attach(base, tokenizer=tokenizer, num_steps=num_steps, train_rows=())
 
 
 def varied_base(architecture: str) -> Any:

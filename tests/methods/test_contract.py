@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ARCHITECTURES, tiny_base
+from conftest import ARCHITECTURES, PACKED, tiny_base
 from grid import FIELD, NAMES, OTHER_START, attach, config, logits, make, stored_base
 
 from finetune import evaluate
@@ -60,7 +60,7 @@ def tuned(request, rows, tmp_path_factory) -> Tuned:
     base = stored_base(architecture, quantize=found["quantize"], folder=tmp_path_factory.mktemp("base"))
     own, method, ids = list(base.parameters()), make(name, architecture), torch.tensor([rows[1].ids])
     before = logits(base, ids)
-    packed = method.padding_free and "packing" in config(name, architecture)["model"]["has"]
+    packed = method.padding_free and architecture in PACKED
     model = attach(method, base, num_steps=NUM_STEPS)
     accelerator = Accelerator(cpu=True)
     feeder = Feeder(packed=packed, pad_id=0, loss_on="target", device=accelerator.device)

@@ -114,14 +114,12 @@ IN_ALL = {
     "prefix": prefix,
     "ptuning_v2": lambda a, c: c["num_virtual_tokens"] * 2 * L * KEYS[a],
     "cartridge": lambda a, c: (c["num_virtual_tokens"] - c["num_frozen_tokens"]) * 2 * L * KEYS[a],
+    "llama_adapter": lambda a, c: round(c["adapter_layers"] * L) * (c["adapter_len"] * D + 1),
     "unilora": lambda a, c: c["theta_d_length"],
     "lora_qkv": lambda a, c: L * sum(c["r"] * (i + o) for i, o, _ in SHAPES[a][: 3 if a == "qwen2" else 1]),
 }
 SHARED = {"vblora": lambda c: c["num_vectors"] * c["vector_length"]}  # beside the layers
-OPEN = (
-    "llama_adapter",
-    "shadow",
-)  # ShadowPEFT's network is a base of its own: as many weights as transformers gives it
+OPEN = ("shadow",)  # ShadowPEFT's network is a base of its own: as many weights as transformers gives it
 
 
 def expected(name, architecture):
