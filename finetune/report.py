@@ -10,18 +10,23 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
 
 from finetune import runs
 from finetune.reporting.columns import CONVENTIONS
+from finetune.reporting.html import html_page
 from finetune.reporting.pages import csv_page, markdown_page
 from finetune.reporting.read import LeftOut, Run, find, read_all
 from finetune.reporting.rescore import rescore
 from finetune.reporting.study import Study, make_study, summary, tables
 from finetune.reporting.terminal import print_table
+from finetune.reporting.tex import tex_page
 from finetune.reporting.text import one_line
+
+Mode = Literal["online", "offline"]  # of W&B
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,12 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", help="only this study")
     parser.add_argument("--rescore", action="store_true", help="first compute every score again from predictions.jsonl")
     parser.add_argument("--convention", choices=CONVENTIONS, default="words", help="how the report counts ROUGE")
+    parser.add_argument(
+        "--wandb", choices=("offline", "online"), help="also log the numbers to W&B, as one run a study"
+    )
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:
         if chosen.rescore:
             rescore_study(chosen.root, study=chosen.study, console=console)
-        return report(chosen.root, study=chosen.study, convention=chosen.convention, console=console)
+        studies = make_studies(chosen.root, study=chosen.study, convention=chosen.convention)
+        return report(studies, root=chosen.root, wandb=chosen.wandb, console=console)
     except BrokenPipeError:  # `... | head`
         return 0
     except (OSError, ValueError) as error:
@@ -44,25 +53,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def report(root: Path, *, study: str | None, convention: str, console: Console) -> int:
-    """Write and print the report of every study below the root (or of one). Raises ValueError for a wrong request."""
+def report(studies: Sequence[Study], *, root: Path, wandb: Mode | None, console: Console) -> int:
+    """Print and write the report of each study; returns the exit status."""
+    if not studies:
+        console.print(Text(f"no runs yet: {root} holds no folder with a config.yaml"))
+    for study in studies:
+        print_study(study, console=console)
+        pages = write_pages(study)
+        console.print(Text(f"{summary(study)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
+        if wandb:
+            _log(study, mode=wandb, console=console)
+    return 0
+
+
+def make_studies(root: Path, *, study: str | None, convention: str) -> list[Study]:
+    """Read every study below the root, or the one named. Raises ValueError for a root or a name that does not exist."""
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; runs are written to multirun")
     found, left_out = read_all(root)
-    if not found and not left_out:
-        console.print(Text(f"no runs yet: {root} holds no folder with a config.yaml"))
-        return 0
-    studies = by_study(found, left_out=left_out, root=root)
-    if study is not None and study not in [folder.name for folder in studies]:
-        names = ", ".join(sorted(folder.name for folder in studies))
-        raise ValueError(f"no study {study!r} in {root}; there are: {names}")
-    for folder, (own_runs, own_left_out) in studies.items():
-        if study in (None, folder.name):
-            made = make_study(folder, runs=own_runs, left_out=own_left_out, convention=convention)
-            print_study(made, console=console)
-            pages = write_pages(made)
-            console.print(Text(f"{summary(made)} -> {', '.join(map(str, pages))}"), soft_wrap=True)
-    return 0
+    folders = by_study(found, left_out=left_out, root=root)
+    chosen = {folder: parts for folder, parts in folders.items() if study in (None, folder.name)}
+    if folders and not chosen:
+        raise ValueError(f"no study {study!r} in {root}; there are: {', '.join(sorted(f.name for f in folders))}")
+    return [
+        make_study(folder, runs=own, left_out=unreadable, convention=convention)
+        for folder, (own, unreadable) in chosen.items()
+    ]
+
+
+def _log(study: Study, *, mode: Mode, console: Console) -> None:
+    from finetune.reporting.summary_run import log_study
+
+    try:
+        log_study(study, mode=mode)
+    except Exception as error:  # whatever W&B raises: the report is written
+        console.print(Text(one_line(f"W&B: {error}; the report is in the folder all the same")), soft_wrap=True)
 
 
 def rescore_study(root: Path, *, study: str | None, console: Console) -> None:
@@ -104,9 +129,9 @@ def print_study(study: Study, *, console: Console) -> None:
 
 def write_pages(study: Study) -> list[Path]:
     """Write the report's files into the study's folder, each by rename; returns their paths."""
-    pages = {"report.md": markdown_page(study), "report.csv": csv_page(study)}
-    for name, page in pages.items():
-        runs.write_text(study.folder / name, page)
+    pages = {"report.md": markdown_page, "report.csv": csv_page, "report.tex": tex_page, "report.html": html_page}
+    for name, make in pages.items():
+        runs.write_text(study.folder / name, make(study))
     return [study.folder / name for name in pages]
 
 

@@ -46,13 +46,20 @@ MARKS = {
 }
 
 
-def scores(*, rouge=50.0, trainable=1_234_567, seconds=30.0, tasks=("NER", "REPORT"), **_):
+def scores(*, rouge=50.0, trainable=1_234_567, seconds=30.0, tasks=("NER", "REPORT"), more=None, **_):
     row = {f"rouge-{kind}{suffix}": rouge for kind in "12l" for suffix in ("", "-multiset")}
     row |= {"exact": 10.0, "empty": 0.0, "never_stopped": 5.0, "looping": 2.5, "num_rows": 100}
     cost = {"trainable_parameters": trainable, "total_parameters": 10_000_000, "trainable_percent": trainable / 1e5,
             "peak_memory_gib": None, "train_seconds": seconds, "tokens_per_second": 1e4 / seconds, "adapter_mb": 4.9}  # fmt: skip
     shown = {"mean": row | {"num_rows": 100 * len(tasks)}, "tasks": dict.fromkeys(tasks, row)}
-    return {"version": 1, "scores": shown, "cost": cost, "loss": {"train": 1.0, "valid": 1.1}, "num_steps": 40}
+    return {
+        "version": 1,
+        "scores": shown,
+        "cost": cost,
+        "loss": {"train": 1.0, "valid": 1.1},
+        "num_steps": 40,
+        **(more or {}),
+    }
 
 
 def row(number, score, *, task="NER", **changed):
@@ -70,3 +77,19 @@ def row(number, score, *, task="NER", **changed):
     }
     texts = {"reference": f"参考{number}", "prediction": f"回答{number}", "finish_reason": "stop"}
     return same | texts | {"scores": names} | changed
+
+
+def write_base(folder):
+    """A random Qwen2 base with a tokenizer of single bytes, as a folder; returns it."""
+    from conftest import tiny_base
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: n for n, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tiny_base("qwen2", vocab_size=len(vocabulary)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    return folder

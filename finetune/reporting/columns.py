@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # how ROUGE may be counted: what a report leads with, and the ending of the scores' names
@@ -22,13 +22,17 @@ CONVENTION_TEXTS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a run. `better` is 1 when more is better, -1 when less is, 0 when neither is."""
+    """One number of a run. `better` is 1 when more is better, -1 when less is, 0 when neither is.
+
+    A column with an `alarm` marks what is above it, instead of the best.
+    """
 
     title: str
-    source: str  # scores | cost | loss
+    source: str  # scores | cost | loss | forgetting | rewording
     key: str
     better: int
     write: Callable[[float], str]
+    alarm: float | None = None
 
 
 def two_places(value: float) -> str:
@@ -53,6 +57,15 @@ def _score(title: str, key: str, better: int = 1) -> Column:
     return Column(title, "scores", key, better, two_places)
 
 
+def _health(title: str, key: str) -> Column:
+    return Column(title, "scores", key, -1, two_places, alarm=5.0)  # one answer in twenty is no accident
+
+
+def rewording(names: Iterable[str]) -> tuple[Column, ...]:
+    """What asking in other words costs, by score (`rouge-1 drop`)."""
+    return tuple(Column(name, "rewording", name, -1, two_places) for name in names)
+
+
 def rouge(convention: str) -> tuple[Column, ...]:
     """ROUGE-1/2/L in one of the `CONVENTIONS`."""
     return tuple(_score(f"ROUGE-{kind}", f"rouge-{kind.lower()}{CONVENTIONS[convention]}") for kind in "12L")
@@ -73,15 +86,14 @@ OTHER = (
     _score("sections", "rouge-l-sections"),
 )
 HEALTH = (
-    _score("empty %", "empty", -1),
-    _score("never stopped %", "never_stopped", -1),
-    _score("looping %", "looping", -1),
-    _score("unparsable %", "unparsable", -1),
-    _score("wrong format %", "format_failures", -1),
-    _score("outside choices %", "outside_choices", -1),
+    _health("empty %", "empty"),
+    _health("never stopped %", "never_stopped"),
+    _health("looping %", "looping"),
+    _health("unparsable %", "unparsable"),
+    _health("wrong format %", "format_failures"),
+    _health("outside choices %", "outside_choices"),
     _score("length %", "length", 0),
-    _score("not Chinese %", "not_chinese", -1),
-    _score("rewording drop", "rewording_drop", -1),
+    _health("not Chinese %", "not_chinese"),
 )
 COST = (
     Column("trainable", "cost", "trainable_parameters", -1, count),
@@ -94,8 +106,14 @@ COST = (
 LOSS = (
     Column("train loss", "loss", "train", -1, three_digits),
     Column("valid loss", "loss", "valid", -1, three_digits),
+    Column("train loss at best", "loss", "best_train", -1, three_digits),
     Column("best valid loss", "loss", "best_valid", -1, three_digits),
+    Column("rise since best", "loss", "rise", -1, three_digits),
     Column("best step", "loss", "best_step", 0, count),
-    Column("general loss", "loss", "general", -1, three_digits),
-    Column("forgetting", "loss", "forgetting", -1, three_digits),
+)
+ROBUST = (
+    _score("rewording drop", "rewording_drop", -1),
+    Column("general loss before", "forgetting", "base", 0, three_digits),
+    Column("general loss after", "forgetting", "tuned", -1, three_digits),
+    Column("forgetting", "forgetting", "rise", -1, three_digits),
 )

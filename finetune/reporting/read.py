@@ -34,7 +34,10 @@ class Run:
     data: str | None = None  # hash of rows and templates
     scores: Mapping[str, Numbers] = field(default_factory=dict)  # by row task, and "mean"
     cost: Numbers = field(default_factory=dict)
-    loss: Numbers = field(default_factory=dict)
+    loss: Numbers = field(default_factory=dict)  # nats; `rise`: from the best validation to the end
+    forgetting: Numbers = field(default_factory=dict)  # nats on general text: base, tuned, and their difference `rise`
+    rewording: Numbers = field(default_factory=dict)
+    failed_checks: Mapping[str, str] = field(default_factory=dict)  # name -> what it found
     scorer: str | None = None  # equal where scores mean the same
 
 
@@ -59,12 +62,16 @@ def read_all(root: Path) -> tuple[list[Run], list[LeftOut]]:
 
 
 def find(root: Path) -> list[Path]:
-    """Run folders at or below the root, also of a part of a study and of runs made by hand; links are not followed."""
+    """Run folders at or below the root, also of a part of a study and of runs made by hand; links are not followed.
+
+    W&B keeps a config.yaml of its own in the folders called wandb.
+    """
     found = []
     for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name != "wandb"]
         if "config.yaml" in files:
             found.append(Path(folder))
-            below.clear()  # W&B keeps a config.yaml of its own inside
+            below.clear()
     return sorted(found)
 
 
@@ -108,9 +115,22 @@ def _outcome(folder: Path) -> dict[str, Any]:
     return {
         "scores": by_task | {"mean": _numbers(scores["mean"])},
         "cost": _numbers(record.get("cost")),
-        "loss": _numbers(record.get("loss")),
+        "loss": _with_rise(_numbers(record.get("loss")), "best_valid", "valid"),
+        "forgetting": _with_rise(_numbers(record.get("forgetting")), "base", "tuned"),
+        "rewording": _numbers(record.get("rewording")),
+        "failed_checks": _failed_checks(record.get("checks")),
         "scorer": _digest(scores.get("scorer")),
     }
+
+
+def _with_rise(numbers: dict[str, float], before: str, after: str) -> dict[str, float]:
+    return numbers | ({"rise": numbers[after] - numbers[before]} if {before, after} <= numbers.keys() else {})
+
+
+def _failed_checks(checks: Any) -> dict[str, str]:
+    items = checks.items() if isinstance(checks, Mapping) else ()
+    found = {str(name): check for name, check in items if isinstance(check, Mapping) and check.get("ok") is False}
+    return {name: str(check.get("note") or "") for name, check in found.items()}
 
 
 def _reason(folder: Path, state: str) -> str:

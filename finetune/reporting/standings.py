@@ -34,7 +34,7 @@ def _standings(task: str, comparisons: Sequence[Comparison]) -> Table:
         "% of full's gain",
     )
     rows = [_standing(comparison, standing) for comparison in comparisons for standing in comparison.standings]
-    return Table(f"{task}: what is distinguishable", header, tuple(rows), num_names=2)
+    return Table(task, "what is distinguishable", header, tuple(rows), num_names=2)
 
 
 def _standing(comparison: Comparison, standing: Standing) -> tuple[Entry, ...]:
@@ -58,8 +58,8 @@ def _differences(comparison: Comparison) -> Table:
     signed = {(pair.left.method, pair.right.method): _difference(pair, 1) for pair in comparison.pairs}
     signed |= {(pair.right.method, pair.left.method): _difference(pair, -1) for pair in comparison.pairs}
     rows = [(Entry(row), *(Entry(signed.get((row, column), "")) for column in methods)) for row in methods]
-    title = f"{comparison.task}: {comparison.model}, row less column"
-    return Table(title, (name(comparison), *methods), tuple(rows), num_names=1, is_detail=True)
+    subject = f"{comparison.task}, {comparison.model}"
+    return Table(subject, "row less column", (name(comparison), *methods), tuple(rows), num_names=1, is_detail=True)
 
 
 def _difference(pair: Pair, sign: int) -> str:
@@ -72,7 +72,7 @@ def _transfer(comparisons: Sequence[Comparison]) -> list[Table]:
         for task, left, right, num_methods, value in transfer(comparisons)
     ]
     header = ("task", "base", "base", "methods", "rank correlation")
-    return [Table("Does the winner transfer?", header, tuple(rows), num_names=3)] if rows else []
+    return [Table("", "Does the winner transfer?", header, tuple(rows), num_names=3)] if rows else []
 
 
 def name(comparison: Comparison) -> str:

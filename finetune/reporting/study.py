@@ -12,7 +12,7 @@ from finetune.reporting.compare import Comparison, compare_cells
 from finetune.reporting.read import LeftOut, Run
 from finetune.reporting.rows import RowScores, read_scores
 from finetune.reporting.standings import standing_tables
-from finetune.reporting.tables import Table, reasons_tables, study_tables
+from finetune.reporting.tables import Table, checks_tables, reasons_tables, study_tables
 
 NOTES = """\
 ROUGE is F1 in percent {convention}; `report.csv` has the other conventions and every other score. Scores are means over
@@ -46,22 +46,32 @@ def make_study(folder: Path, *, runs: Sequence[Run], left_out: Sequence[LeftOut]
 def tables(study: Study) -> list[Table]:
     """Every table, in the order of the report."""
     scores = study_tables(study.cells, convention=study.convention)
-    return [*scores, *standing_tables(study.comparisons), *reasons_tables(study.cells)]
+    return [*scores, *standing_tables(study.comparisons), *checks_tables(study.cells), *reasons_tables(study.cells)]
 
 
 def summary(study: Study) -> str:
     """`12 runs: 9 done, 2 failed, 1 unsupported; 1 folder left out`."""
-    states = ("done", "running", "unfinished", "failed", "unsupported")
-    counts = {state: sum(run.state == state for run in study.runs) for state in states}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    told = ", ".join(f"{count} {state}" for state, count in state_counts(study).items())
     left_out = f"; {_plural(len(study.left_out), 'folder')} left out" if study.left_out else ""
     return f"{_plural(len(study.runs), 'run')}: {told}{left_out}"
+
+
+def state_counts(study: Study) -> dict[str, int]:
+    """How many runs are done, running, …; only states that occur."""
+    states = ("done", "running", "unfinished", "failed", "unsupported")
+    counts = {state: sum(run.state == state for run in study.runs) for state in states}
+    return {state: count for state, count in counts.items() if count}
+
+
+def has_other_scorers(study: Study) -> bool:
+    """Whether the done runs were scored by more than one scorer."""
+    return len({run.scorer for run in study.runs if run.state == "done"}) > 1
 
 
 def notes(study: Study) -> list[str]:
     """How to read the tables, and what keeps their numbers from being compared."""
     found = [NOTES.format(convention=CONVENTION_TEXTS[study.convention])]
-    if len({run.scorer for run in study.runs if run.state == "done"}) > 1:
+    if has_other_scorers(study):
         found.append("**The runs were scored by different scorers.** `--rescore` computes every score again.")
     return found
 

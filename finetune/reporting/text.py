@@ -33,6 +33,27 @@ def markdown_path(path: str) -> str:
     return quote(path, safe="/+=,")
 
 
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "…": r"\dots{}",
+}
+
+
+def latex(text: str) -> str:
+    """Escape for the text of a LaTeX table; brackets are guarded, since one after `\\\\` would be an option."""
+    escaped = "".join(_LATEX.get(character, character) for character in one_line(text))
+    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped
+
+
 def spreadsheet(value: object) -> object:
     """Keep a spreadsheet from taking text for a formula; numbers stay numbers."""
     if not isinstance(value, str):

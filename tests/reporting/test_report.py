@@ -10,12 +10,15 @@ import time
 import pytest
 from rich.console import Console
 
-from finetune.report import main, report
+from finetune.report import main, make_studies, report
+
+PAGES = ["report.csv", "report.html", "report.md", "report.tex"]
 
 
 def run_report(root, *, study=None):
     console = Console(file=io.StringIO(), width=100)
-    return report(root, study=study, convention="words", console=console), console.file.getvalue()
+    studies = make_studies(root, study=study, convention="words")
+    return report(studies, root=root, wandb=None, console=console), console.file.getvalue()
 
 
 def test_markdown_links_every_number_to_a_folder_that_exists(make_run, multirun):
@@ -100,9 +103,9 @@ def test_the_same_folders_give_the_same_pages(make_run, multirun):
     pages = []
     for _ in range(2):
         run_report(multirun)
-        pages.append([(multirun / "main" / name).read_bytes() for name in ("report.md", "report.csv")])
+        pages.append([(multirun / "main" / name).read_bytes() for name in PAGES])
     assert pages[0] == pages[1]
-    assert sorted(path.name for path in (multirun / "main").iterdir()) == ["clinic", "report.csv", "report.md"]
+    assert sorted(path.name for path in (multirun / "main").iterdir()) == ["clinic", *PAGES]
 
 
 def test_no_runs_yet(multirun, capsys):

@@ -1,9 +1,11 @@
+import json
+
 import pytest
 
 from finetune.reporting import columns as shown_columns
 from finetune.reporting.cells import to_cells
 from finetune.reporting.read import read_all
-from finetune.reporting.tables import make_table, reasons_tables, study_tables
+from finetune.reporting.tables import checks_tables, make_table, reasons_tables, study_tables
 
 
 @pytest.fixture
@@ -12,7 +14,7 @@ def table(multirun):
 
     def make():
         columns = shown_columns.rouge("words") + shown_columns.COST
-        shown = make_table("", to_cells(read_all(multirun)[0]), part="mean", columns=columns)
+        shown = make_table("", "", to_cells(read_all(multirun)[0]), part="mean", columns=columns)
         rows = {(row[0].text, row[1].text): dict(zip(shown.header, row, strict=True)) for row in shown.rows}
         return rows
 
@@ -94,7 +96,57 @@ def test_a_table_per_task_and_kind_of_rows(make_run, multirun):
     make_run(task="promptcblue", tasks=("CHIP-STS",))
     cells = to_cells(read_all(multirun)[0])
     assert [table.title for table in study_tables(cells, convention="words")] == [
-        "clinic", "clinic: health of the output", "clinic: other scores", "clinic: losses", "clinic: NER", "clinic: REPORT",
-        "promptcblue", "promptcblue: health of the output", "promptcblue: other scores", "promptcblue: losses", "promptcblue: CHIP-STS",
+        "clinic", "clinic: health of the output", "clinic: overfitting", "clinic: other scores", "clinic: NER", "clinic: REPORT",
+        "promptcblue", "promptcblue: health of the output", "promptcblue: overfitting", "promptcblue: other scores", "promptcblue: CHIP-STS",
     ]  # fmt: skip
     assert reasons_tables(cells) == []
+
+
+MORE = {
+    "loss": {"train": 0.2, "valid": 1.5, "best_train": 0.6, "best_valid": 1.25, "best_step": 20},
+    "forgetting": {"base": 3.0, "tuned": 3.5},
+    "rewording": {"rouge-1 drop": 4.25},
+    "checks": {
+        "adapter took effect": {"ok": False, "note": "logits <b>equal</b>"},
+        "loss fell": {"ok": True, "note": ""},
+    },
+}
+
+
+def by_title(cells):
+    return {table.title: table for table in [*study_tables(cells, convention="words"), *checks_tables(cells)]}
+
+
+def test_overfitting_forgetting_rewording_and_checks_are_told_where_a_run_has_them(make_run, multirun):
+    make_run(method="none")
+    make_run(method="lora", more=MORE)
+    found = by_title(to_cells(read_all(multirun)[0]))
+    for title, expected in (
+        ("clinic: overfitting", {"valid loss": "1.5", "best valid loss": "1.25", "rise since best": "0.25", "best step": "20"}),
+        ("clinic: forgetting and rewording", {"general loss before": "3", "forgetting": "0.5", "rouge-1 drop": "4.25"}),
+        ("Failed checks", {"check": "adapter took effect", "what it found": "logits <b>equal</b>"}),
+    ):  # fmt: skip
+        row = next(row for row in found[title].rows if row[0].text == "clinic" or row[1].text == "lora")
+        shown = dict(zip(found[title].header, (entry.text for entry in row), strict=True))
+        assert expected.items() <= shown.items()
+    assert len(found["Failed checks"].rows) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"forgetting": [1], "rewording": None, "checks": {"x": 3, "y": {"ok": None}}}])
+def test_what_no_run_has_is_not_shown(make_run, multirun, more):
+    make_run(more=more)
+    found = by_title(to_cells(read_all(multirun)[0]))
+    assert "clinic: forgetting and rewording" not in found
+    assert "Failed checks" not in found
+
+
+def test_what_is_wrong_with_many_answers_is_marked(make_run, multirun):
+    make_run(tasks=())
+    entries = by_title(to_cells(read_all(multirun)[0]))["clinic: health of the output"].rows[0]
+    assert [entry.alarm for entry in entries[3:]] == [False, False, False]
+    folder = make_run(method="prefix")
+    record = json.loads((folder / "scores.json").read_text())
+    record["scores"]["mean"]["looping"] = 60.0
+    (folder / "scores.json").write_text(json.dumps(record))
+    entries = by_title(to_cells(read_all(multirun)[0]))["clinic: health of the output"].rows[1]
+    assert [entry.alarm for entry in entries[3:]] == [False, False, True]

@@ -15,7 +15,7 @@ def printed(table, *, width):
 def make_table(*, num_columns=6):
     header = ("model", "method", *(f"score {number}" for number in range(num_columns)))
     row = (Entry("qwen"), Entry("lora"), *(Entry(f"{number}2.34 ± 0.12") for number in range(num_columns)))
-    return Table("clinic", header, (row,), num_names=2)
+    return Table("clinic", "", header, (row,), num_names=2)
 
 
 def test_a_narrow_terminal_loses_nothing():
@@ -30,7 +30,7 @@ def test_a_wide_terminal_has_one_line_a_row():
 
 
 def test_names_are_no_markup_and_no_escape_sequence():
-    table = Table("[bold]x[/]", ("model", "score"), ((Entry("[red]\x1b[2Jqwen"), Entry("1")),), num_names=1)
+    table = Table("[bold]x[/]", "", ("model", "score"), ((Entry("[red]\x1b[2Jqwen"), Entry("1")),), num_names=1)
     shown = printed(table, width=80)
     assert "[bold]x[/]" in shown
     assert "[red] [2Jqwen" in shown
