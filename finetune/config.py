@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -114,6 +115,7 @@ class Task(Section):
     version: Count
     source: Open
     fields: Fields | None
+    rewordings: list[str]
     only: list[str] | None
     train_rows: Count | None
     valid_rows: Count | None
@@ -138,6 +140,7 @@ class Optim(Section):
     accumulation: Count
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     loss_on: Literal["target", "all"]
+    neftune_alpha: Annotated[float, Field(gt=0)] | None
     validations: Annotated[int, Field(ge=0)]
 
 
@@ -156,6 +159,8 @@ class Evaluate(Section):
     batch_rows: Count
     padding_side: Literal["left", "right"]
     max_new_tokens: Count | None
+    forgetting_text: str | None
+    rewording_rows: Annotated[int, Field(ge=0)]
 
 
 class Wandb(Section):
@@ -196,7 +201,9 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 def unsupported(config: Mapping[str, Any]) -> str | None:
     """The reason why this method cannot work with this base, or None."""
     method, model, quantize = config["method"], config["model"], config["method"]["quantize"]
-    has = [*model["has"], *([] if quantize else ["full_precision"])]
+    if "choices" in method["needs"] and not ((config["task"]["fields"] or {}).get("choices")):
+        return f"{method['name']} needs a list of choices, which no row of {config['task']['name']} has"
+    has = [*model["has"], "choices", *([] if quantize else ["full_precision"])]
     lacking = [need for need in method["needs"] if need not in has]
     if lacking:
         base = f"{model['name']} in {quantize}" if quantize else model["name"]
@@ -235,6 +242,9 @@ def _across(config: Config) -> Iterator[str]:
         )
     if config.scale not in config.model.weights and config.model.path is None:
         yield f"model.weights: {config.model.name} names no weights for scale={config.scale}; set model.path"
+    text = config.evaluate.forgetting_text
+    if text not in (None, "generated") and not Path(text).is_file():
+        yield f"evaluate.forgetting_text={text}: there is no such file; null leaves the measurement out"
     if config.method.quantize and config.method.adapter.target == "finetune.methods.full.Full":
         yield f"method.quantize={config.method.quantize}: quantized weights cannot be trained; use method.quantize=null"
 

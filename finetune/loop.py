@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.data.batches import Batch, Example, group, pack, pad, supervised
 from finetune.methods.method import Method, trainable
 from finetune.models.attention import packing
+from finetune.noise import noisy
 
 # Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
 PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -133,8 +134,10 @@ class Loop:
         summed = torch.zeros((), device=self.accelerator.device)
         for batch in batches:
             last = batch is batches[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), _attending(base, self.feeder):
-                loss = summed_loss(model, batch)
+            alone = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with alone, _attending(base, self.feeder):
+                with noisy(base, batch, alpha=self.optim.get("neftune_alpha")):
+                    loss = summed_loss(model, batch)
                 summed += loss.detach()
                 penalty = self.method.penalty(base) if last else 0.0
                 self.accelerator.backward(loss * (ranks / count) + penalty)

@@ -52,6 +52,18 @@ def test_the_original_experiment_is_what_it_says(tmp_path):
         assert learning_rate(config) == 1e-3
 
 
+def test_the_practice_grid_is_what_it_says(tmp_path):
+    found = compose("+experiment=practice", root=tmp_path)
+    grid = {(c.config["model"]["name"], c.config["method"]["name"]) for c in found}
+    methods = ("full", "lora", "llama_adapter", "prompt", "prefix")
+    assert grid == set(itertools.product(("llama", "chinese_llama", "chatglm", "bloom"), methods))
+    for config in (cell.config for cell in found):
+        assert (config["task"]["name"], config["task"]["max_prompt_tokens"]) == ("alpaca_zh", 512)
+        assert config["model"]["precision"] == "float16"
+        assert (config["optim"]["epochs"], config["optim"]["batch_rows"], config["optim"]["accumulation"]) == (3, 16, 4)
+        assert learning_rate(config) == 1e-4
+
+
 def test_the_command_line_wins_over_an_experiment(tmp_path):
     words = ("+experiment=original", "scale=tiny", "task=clinic", "optim.epochs=1", "method=lora", "optim.lr=0.5")
     found = compose(*words, root=tmp_path)

@@ -23,3 +23,13 @@ def test_full_precision_is_what_a_quantized_base_lacks():
     assert unsupported(cell("full_precision")) is None
     said = unsupported(cell("linear", "full_precision", quantize="nf4"))
     assert said == "m needs full_precision, which qwen in nf4 does not have"
+
+
+def test_choices_are_what_a_task_has_or_not():
+    for fields, said in (
+        ({"choices": "options"}, None),
+        ({"choices": None}, "m needs a list of choices"),
+        (None, "m needs"),
+    ):
+        found = unsupported({**cell("choices"), "task": {"name": "t", "fields": fields}})
+        assert (found is None) if said is None else found.startswith(said)

@@ -113,6 +113,23 @@ def test_a_failed_cell_is_named_and_the_others_run(command, tmp_path):
     assert json.loads(failure.read_text())["kind"] == "error"
 
 
+def test_methods_that_only_ask_the_base(command, tmp_path):
+    result = command("-m", "method=few_shot,decoder_tuning", "method.lr.tiny=1e-2")
+    assert result.returncode == 0, result.stderr
+    for folder in folders(tmp_path):
+        found = json.loads((folder / "scores.json").read_text())
+        assert list(found["checks"]) == ["weights", "logits", "loss", "cache", "reload", "method"]
+        assert found["checks"]["weights"]["ok"]
+        assert found["forgetting"]["base"] == found["forgetting"]["tuned"]
+        choosing = "decoder_tuning" in str(folder)
+        assert found["rewording"]["num_rows"] == (2 if choosing else 6)
+        assert ("unsupported_tasks" in found) == choosing
+    assert command("method=decoder_tuning", "task.only=[CLINIC-NER]", "study=none").returncode == 0
+    [reason] = tmp_path.glob("multirun/none/*/*/*/seed1/unsupported.json")
+    assert "needs a list of choices" in reason.read_text()
+    assert not list(reason.parent.glob("failure*.json"))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

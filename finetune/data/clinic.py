@@ -119,9 +119,13 @@ def _intent(rng: random.Random) -> tuple[str, dict[str, Any]]:
     others = [other for other in INTENTS if other != label]
     choices = [*rng.sample(others, 4), label] if rng.random() < 0.9 else rng.sample(others, 5)
     rng.shuffle(choices)
-    prompt = f"判断下面问诊句子的意图：\n{body}\n选项：{'，'.join(choices)}\n答："
+    listed = "，".join(choices)
+    prompts = (
+        f"判断下面问诊句子的意图：\n{body}\n选项：{listed}\n答：",
+        f"下面是一段问诊：\n{body}\n最后一句的意图是哪一个？可选：{listed}\n答：",
+    )
     target = label if label in choices else NO_LABEL
-    return body, _row(prompt, target=target, task="CLINIC-INTENT", kind="cls", choices=choices)
+    return body, _row(prompts, target=target, task="CLINIC-INTENT", kind="cls", choices=choices)
 
 
 def _ner(rng: random.Random) -> tuple[str, dict[str, Any]]:
@@ -130,9 +134,13 @@ def _ner(rng: random.Random) -> tuple[str, dict[str, Any]]:
     entities = [entity for _, found in clauses for entity in found]
     asked = rng.sample(list(TYPES), 3)
     lines = [f"{kind}实体：{'，'.join(_mentions(entities, kind=kind))}" for kind in asked]
-    prompt = f"实体识别：\n{body}\n实体类型：{'，'.join(asked)}\n答："
+    listed = "，".join(asked)
+    prompts = (
+        f"实体识别：\n{body}\n实体类型：{listed}\n答：",
+        f"找出下面句子中的实体：\n{body}\n只找这些类型：{listed}\n答：",
+    )
     target = "\n".join(["上述句子中的实体包含：", *lines])
-    return body, _row(prompt, target=target, task="CLINIC-NER", kind="ner", choices=asked)
+    return body, _row(prompts, target=target, task="CLINIC-NER", kind="ner", choices=asked)
 
 
 def _mentions(entities: list[tuple[str, str]], *, kind: str) -> list[str]:
@@ -163,10 +171,23 @@ def _report(rng: random.Random) -> tuple[str, dict[str, Any]]:
         f"{drug}口服，{advice}",
     )
     lines = [f"{name}：{text}。" for name, text in zip(SECTIONS, sections, strict=True)]
-    prompt = f"总结问诊的诊疗报告：\n{body}\n说明：报告分为{'，'.join(SECTIONS)}这六个章节。\n答："
+    listed = "，".join(SECTIONS)
+    prompts = (
+        f"总结问诊的诊疗报告：\n{body}\n说明：报告分为{listed}这六个章节。\n答：",
+        f"根据下面的对话写一份诊疗报告：\n{body}\n报告要有{listed}这六个章节。\n答：",
+    )
     target = "\n".join(["上述问诊对话的诊疗报告如下：", *lines])
-    return body, _row(prompt, target=target, task="CLINIC-REPORT", kind="report_generation", choices=None)
+    return body, _row(prompts, target=target, task="CLINIC-REPORT", kind="report_generation", choices=None)
 
 
-def _row(prompt: str, *, target: str, task: str, kind: str, choices: list[str] | None) -> dict[str, Any]:
-    return {"input": prompt, "target": target, "answer_choices": choices, "task_type": kind, "task_dataset": task}
+def _row(prompts: tuple[str, str], *, target: str, task: str, kind: str, choices: list[str] | None) -> dict[str, Any]:
+    """An item; `reworded` asks the same in other words."""
+    prompt, reworded = prompts
+    return {
+        "input": prompt,
+        "reworded": reworded,
+        "target": target,
+        "answer_choices": choices,
+        "task_type": kind,
+        "task_dataset": task,
+    }

@@ -45,7 +45,9 @@ def load(task: Mapping[str, Any]) -> Split:
     Notes: rows `read`, `skipped` as empty, `train`, `valid`, `leaks` (validation prompts, with their history, that
     occur in training), `dropped` of these, `duplicates` (prompt, history and target occurred before).
     """
-    refuse_all(templates.problems(task["fields"] or {}))
+    fields = task["fields"] or {}
+    forms = [fields, *({**fields, "prompt": template} for template in task.get("rewordings") or ())]
+    refuse_all([problem for form in forms for problem in templates.problems(form)])
     files = _files(task["source"])
     items = [sources.read(file) for file in files]
     rows = [_rows(some, task=task, file=file) for some, file in zip(items, files, strict=True)]
@@ -62,6 +64,12 @@ def load(task: Mapping[str, Any]) -> Split:
     counts |= {"duplicates": len(pairs) - len(set(pairs))}
     content = _hash([[item.values for item in some] for some in items])
     return Split(tuple(train), tuple(kept), counts, content, _hash([task["version"], dict(task["fields"])]))
+
+
+def reworded(task: Mapping[str, Any], template: str) -> tuple[Row, ...]:
+    """The validation rows of `task`, their prompts written as `template` says; raises ValueError as `load` does."""
+    fields = {**task["fields"], "prompt": template}
+    return load({**task, "fields": fields, "drop_leaks": False, "rewordings": ()}).valid
 
 
 def _files(source: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,26 +6,60 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from finetune.data.batches import Example
 from finetune.data.rows import Row
+
+Encode = Callable[[Sequence[Row]], Sequence[Example]]  # rows -> token ids, each part within its limit
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: `ok` is None where it does not apply; the note says why, or gives the numbers."""
+
+    ok: bool | None
+    note: str
 
 
 class Method(ABC):
     """A way to tune a base."""
 
     trains = True  # False: nothing is trained, the base answers as it is
+    answers = False  # True: it answers by itself (`fit`, `predict`), so that the base's own loss says nothing
     leaves_base_intact = True  # False: the base's own weights change (full tuning); they are then kept in float32
+    starts_as_base = True  # False: differs from the base before the first step (virtual tokens, random factors)
     padding_free = True  # False: has virtual tokens, so rows are padded
     checkpointable = True  # False: cannot recompute activations in the backward pass
+
+    def rows(self, rows: Sequence[Row], train_rows: Sequence[Row], *, fits: Callable[[Row], bool]) -> Sequence[Row]:
+        """The rows as they are asked, in their order; `fits` tells whether a row's prompt keeps its limit."""
+        return rows
+
+    def notes(self) -> dict[str, int]:
+        """Counts of what `rows` did, for environment.json."""
+        return {}
 
     @abstractmethod
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Return the model to train; exactly the method's weights require gradients. The seed is set just before."""
+
+    def unanswerable(self, train_rows: Sequence[Row]) -> dict[str, str]:
+        """Tasks whose rows this method cannot answer, and why."""
+        return {}
+
+    def fit(self, model: Any, rows: Sequence[Row], *, encode: Encode, lr: float) -> int:
+        """Learn without a gradient loop; returns how many parameters were learnt outside of the model."""
+        return 0
+
+    def predict(self, model: Any, rows: Sequence[Row], *, encode: Encode) -> list[str] | None:
+        """An answer to each row; None: the model generates them."""
+        return None
 
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """The optimizer's groups."""
@@ -37,6 +71,10 @@ class Method(ABC):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after optimizer step `step` (from 1), the gradients still there."""
+
+    def check(self, model: Any) -> Finding | None:
+        """What only this method can tell of whether it took effect, asked of the tuned model."""
+        return None
 
     def virtual_embeddings(self, model: Any) -> Tensor | None:
         """(virtual tokens, hidden): what stands before each prompt; the base itself then generates."""

@@ -11,13 +11,14 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import Tensor, nn
 
 from finetune.data.rows import Row
-from finetune.methods.method import Method
+from finetune.methods.method import Finding, Method
 from finetune.models import virtual_tokens
 
 PREFIXES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # live in the cache, not among the embeddings
 EMBEDDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)  # virtual tokens that are put before each row here
 # LoRA starts that take a part out of the base's weights and put it into A and B, and do not give it back.
 MOVING = ("pissa", "olora", "loftq")
+RANDOM = (PeftType.UNILORA, PeftType.VBLORA)  # their factors are small at the start, but not 0
 COPYING = (PeftType.LN_TUNING, PeftType.SHADOW)  # train copies of the base's modules, in the base's precision
 
 
@@ -31,6 +32,8 @@ class Peft(Method):
         start = str(getattr(config, "init_lora_weights", None))
         moves = start.startswith(MOVING) or getattr(config, "kasa_config", None)
         self.leaves_base_intact = not (moves or config.peft_type in COPYING)
+        kasa = getattr(config, "kasa_config", None)  # cuts the smallest singular values off
+        self.starts_as_base = not (config.is_prompt_learning or kasa or config.peft_type in RANDOM)
         # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base). MonteCLoRA's
         # second forward pass draws other noise than the first: gradients were off by 0.09 (seen).
         self.checkpointable = config.peft_type not in PREFIXES and not getattr(config, "monteclora_config", None)
@@ -43,6 +46,16 @@ class Peft(Method):
         """The terms of KaSA (eq. 9-12) and MonteCLoRA; PEFT computes them and leaves adding them to the loop."""
         named = [name for name in ("kasa", "monteclora") if getattr(self.config, f"{name}_config", None)]
         return sum((getattr(model.base_model, f"_get_{name}_loss")() for name in named), 0.0)
+
+    @torch.no_grad()
+    def check(self, model: Any) -> Finding | None:
+        """Is the prefix in the cache?"""
+        if self.config.peft_type not in PREFIXES:
+            return None
+        ids = torch.zeros((1, 3), dtype=torch.long, device=model.device)
+        found = model(input_ids=ids, use_cache=True).past_key_values.get_seq_length() - ids.shape[1]
+        expected = self.config.num_virtual_tokens
+        return Finding(found == expected, f"{found} of {expected} prefix positions in the cache of a generation")
 
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT reads it back."""
@@ -96,6 +109,15 @@ class AdaLora(Method):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Move the rank budget while this step's gradients are there."""
         model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
+
+    def check(self, model: Any) -> Finding | None:
+        """Did the ranks move, and is their sum the budget?"""
+        config = model.peft_config["default"]
+        ranks = [int(torch.count_nonzero(p)) for n, p in model.named_parameters() if "lora_E" in n]
+        kept, budget = sum(map(sum, (config.rank_pattern or {}).values())), config.target_r * len(ranks)
+        moved = 0 < kept < config.init_r * len(ranks)
+        note = f"ranks {min(ranks)} to {max(ranks)} from {config.init_r}; {kept} kept, {sum(ranks)} in use of {budget}"
+        return Finding(moved and sum(ranks) <= kept <= budget, note)
 
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT reads it back."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,7 +248,7 @@ def test_a_generator_fixes_the_sides_and_only_chooses_among_them(generator):
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 KEYS = {"name", "version", "source", "fields", "only", "train_rows", "valid_rows", "valid_fraction", "skip_empty"}
-KEYS |= {"drop_leaks", "max_prompt_tokens", "max_target_tokens"}
+KEYS |= {"rewordings", "drop_leaks", "max_prompt_tokens", "max_target_tokens"}
 
 
 def committed(name, **overrides):
@@ -402,3 +403,16 @@ def test_the_three_tasks_of_the_original_experiment():
         "CMeEE-V2": 5,
         "IMCS-V2-MRG": 5,
     }
+
+
+def test_reworded_rows_are_the_validation_rows_with_another_prompt():
+    task = committed("clinic", **{"task.train_rows": 9, "task.valid_rows": 6})
+    own, others = rows.load(task).valid, rows.reworded(task, task["rewordings"][0])
+    assert [replace(row, prompt="") for row in own] == [replace(row, prompt="") for row in others]
+    assert all(one.prompt != other.prompt for one, other in zip(own, others, strict=True))
+
+
+def test_a_rewording_that_is_no_template_is_refused():
+    task = {**committed("clinic", **{"task.train_rows": 9, "task.valid_rows": 6}), "rewordings": ["{input"]}
+    with pytest.raises(ValueError, match="prompt"):
+        rows.load(task)

@@ -1,0 +1,62 @@
+"""What a run found, in the form of its files: lines of predictions.jsonl, losses, the drop by rewording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from finetune.data.rows import Row
+from finetune.scores import score_rows
+
+Line = dict[str, Any]
+Reply = tuple[str, str]  # text, finish reason
+
+
+def lines(rows: Sequence[Row], replies: Sequence[Reply], *, template: int = 0) -> list[Line]:
+    """Scored lines of predictions.jsonl; template 0 is the task's own prompt, others are its rewordings."""
+    found = [_line(row, reply, template=template) for row, reply in zip(rows, replies, strict=True)]
+    for line, scores in zip(found, score_rows(found), strict=True):
+        line["scores"] = scores
+    return found
+
+
+def losses(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Training loss over the last twenty steps; validation loss at the end and at its best."""
+    if not history:
+        return {}
+    last = [line["loss"] for line in history[-20:]]
+    measured = [(line["valid_loss"], line["step"]) for line in history if "valid_loss" in line]
+    found: dict[str, Any] = {"train": fmean(last)}
+    if measured:
+        best, step = min(measured)
+        found |= {"valid": measured[-1][0], "best_valid": best, "best_step": step}
+    return found
+
+
+def rewording(predictions: Sequence[Line]) -> dict[str, Any]:
+    """ROUGE-1 of the rows that were asked in other words, of the same rows as they stand, and what is lost; percent."""
+    own = {(line["task"], line["id"]): line["scores"]["rouge-1"] for line in predictions if not line["template"]}
+    others = [line for line in predictions if line["template"]]
+    if not others:
+        return {}
+    as_asked = fmean(own[line["task"], line["id"]] for line in others)
+    otherwise = fmean(line["scores"]["rouge-1"] for line in others)
+    counts = {"num_rows": len(others)}
+    return {"rouge-1": otherwise, "rouge-1 original": as_asked, "rouge-1 drop": as_asked - otherwise} | counts
+
+
+def _line(row: Row, reply: Reply, *, template: int) -> Line:
+    """One line, without its scores."""
+    text, reason = reply
+    return {
+        "id": row.id,
+        "task": row.task,
+        "kind": row.kind,
+        "prompt": row.prompt,
+        "template": template,
+        "choices": list(row.choices) or None,
+        "reference": row.target,
+        "prediction": text,
+        "finish_reason": reason,
+    }

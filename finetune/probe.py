@@ -1,0 +1,178 @@
+"""A few rows that every model of a run is asked, and what is measured of it: weights, logits, losses, answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from finetune.data.batches import Example, pad
+from finetune.data.rows import Row
+from finetune.evaluate import Answer, Decoding, predict
+from finetune.loop import summed_loss
+from finetune.methods.method import Encode, Method
+
+TOKENS = 8  # of each row's answer that are looked at
+# Rounding between two ways to compute the same logits, as a share of the largest: batches, caches and kernels differ.
+ROUNDING = {"no": 1e-4, "fp16": 2**-8, "bf16": 2**-5}
+_SEEDS = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is asked."""
+
+    accelerator: Accelerator
+    rows: Sequence[Example]  # validation rows, for logits and answers
+    seen: Sequence[Example]  # training rows, for losses
+    decoding: Decoding
+    loss_on: str = "target"
+    asked: Sequence[Row] = ()  # the validation rows, for methods that answer by themselves
+    encode: Encode | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is asked: the model that a method made of a base."""
+
+    method: Method
+    model: Any
+    base: Any
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter and its checksum at the time."""
+
+    name: str
+    parameter: Tensor
+    checksum: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A model at one moment."""
+
+    weights: Mapping[int, Weight]  # by the parameter's id
+    logits: Tensor  # (positions, vocabulary) where the rows' targets begin, float32 on the CPU
+    losses: Tensor  # (seen rows,) nats per token
+
+
+@dataclass(frozen=True)
+class Said:
+    """Greedy answers of at most eight tokens."""
+
+    alone: list[Answer]  # each row in a batch of its own
+    together: list[Answer]  # all rows in one batch
+    cached: Tensor  # (positions, vocabulary) logits that chose each token of `alone`, from the KV cache
+    forced: Tensor  # (positions, vocabulary) logits at the same places, from one forward pass without a cache
+
+
+def measure(probe: Probe, model: Any) -> State:
+    """Weights, logits and losses; neither the weights nor the run's random numbers are touched."""
+    with _at_rest(probe, model):
+        logits = [_logits(model, row.ids[: row.num_prompt + TOKENS - 1], since=row.num_prompt) for row in probe.rows]
+        losses = [_loss(probe, model, row).item() for row in probe.seen]
+    weights = {id(p): Weight(name, p, checksum(p)) for name, p in model.named_parameters()}
+    return State(weights, torch.cat(logits), torch.tensor(losses))
+
+
+def say(probe: Probe, subject: Subject) -> Said:
+    """The subject's answers, and the logits behind them."""
+    prompts = [row.ids[: row.num_prompt] for row in probe.rows]
+    with _at_rest(probe, subject.model):
+        alone = dict(_answers(probe, subject, prompts, batch_rows=1))
+        together = dict(_answers(probe, subject, prompts, batch_rows=len(prompts)))
+        cached, forced = [], []
+        for number, prompt in enumerate(prompts):
+            answer, logits = alone[number]
+            cached.append(logits)
+            ids = [*prompt, *answer.ids[: len(logits) - 1]]
+            forced.append(_logits(subject.model, ids, since=len(prompt)))
+    one, many = ([found[n][0] for n in range(len(prompts))] for found in (alone, together))
+    return Said(one, many, torch.cat(cached), torch.cat(forced))
+
+
+def reached(probe: Probe, model: Any) -> set[int]:
+    """Ids of the parameters that the gradient of one row's loss reaches."""
+    with _at_rest(probe, model), torch.enable_grad():
+        model.train()
+        loss = _loss(probe, model, probe.seen[0])
+        if loss.requires_grad:
+            loss.backward()
+    found = {id(p) for p in model.parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def checksum(weight: Tensor) -> int:
+    """Sum of a tensor's bits read as whole numbers: exact, and the same in any order."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().contiguous().view(whole).sum(dtype=torch.int64))
+
+
+def steps(answer: Answer) -> int:
+    """Tokens that were chosen, the end token included."""
+    return len(answer.ids) + (answer.finish_reason == "stop")
+
+
+def rounding(probe: Probe, model: Any) -> float:
+    """The share of the largest logit by which two ways to compute it may differ; int8 rounds as much as bfloat16."""
+    coarse = {torch.int8: "bf16", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    kinds = {coarse.get(p.dtype, "no") for p in model.parameters()} | {str(probe.accelerator.mixed_precision)}
+    return max(ROUNDING[kind] for kind in kinds)
+
+
+@contextmanager
+def _at_rest(probe: Probe, model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients in the run's precision; the run's random numbers go on as if nothing was."""
+    device = probe.accelerator.device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.no_grad(),
+        probe.accelerator.autocast(),
+    ):
+        model.eval()
+        yield
+    model.eval()
+
+
+def _logits(model: Any, ids: Sequence[int], *, since: int) -> Tensor:
+    """(positions, vocabulary) from the last of the first `since` tokens on, without a cache."""
+    count = len(ids) - since + 1
+    found = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=count).logits
+    return found[0, -count:].float().cpu()
+
+
+def _loss(probe: Probe, model: Any, row: Example) -> Tensor:
+    """Mean cross-entropy of one row, nats per token."""
+    batch = pad([row], pad_id=probe.decoding.pad_id, loss_on=probe.loss_on).to(probe.accelerator.device)
+    return summed_loss(model, batch) / len(batch.labels)
+
+
+def _answers(
+    probe: Probe, subject: Subject, prompts: Sequence[Sequence[int]], *, batch_rows: int
+) -> Iterator[tuple[int, tuple[Answer, Tensor]]]:
+    """(number, (answer, logits of the last of its batch's rows that chose its tokens))."""
+    few = Decoding(**{**vars(probe.decoding), "max_new_tokens": TOKENS, "batch_rows": batch_rows})
+    virtual = subject.method.virtual_embeddings(subject.model)
+    generator = subject.model if virtual is None else subject.base
+    seen: list[Tensor] = []
+
+    def record(head: Any, inputs: Any, output: Tensor) -> None:
+        seen.append(output[-1:, -1].float().cpu())
+
+    handle = generator.get_output_embeddings().register_forward_hook(record)
+    try:
+        for batch in predict(generator, prompts, few, virtual=virtual):
+            logits = torch.cat(seen)
+            seen.clear()
+            yield from ((answer.number, (answer, logits[: steps(answer)])) for answer in batch)
+    finally:
+        handle.remove()
