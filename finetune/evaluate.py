@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from finetune.data.batches import Example
@@ -39,45 +38,26 @@ class Decoding:
 
 
 @torch.no_grad()
-def predict(
-    model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, *, virtual: Tensor | None = None
-) -> Iterator[list[Answer]]:
-    """Answers in batches, longest prompts first; `virtual` (virtual tokens, hidden) comes before each prompt."""
+def predict(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[Answer]]:
+    """Answers in batches, longest prompts first."""
     model.eval()
     order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
     for first in range(0, len(order), decoding.batch_rows):
         numbers = order[first : first + decoding.batch_rows]
-        inputs = _inputs(model, [prompts[n] for n in numbers], decoding, virtual)
+        ids = [torch.tensor(prompts[n], device=model.device) for n in numbers]
+        inputs = pad_sequence(ids, True, decoding.pad_id, decoding.padding_side)  # (rows, longest)
+        mask = pad_sequence([torch.ones_like(part) for part in ids], True, 0, decoding.padding_side)
         output = model.generate(
-            **inputs,
+            input_ids=inputs,
+            attention_mask=mask,
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
             eos_token_id=list(decoding.end_ids),
             pad_token_id=decoding.pad_id,
             use_cache=True,
         )
-        new = output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
+        new = output[:, inputs.shape[1] :]
         yield [_answer(n, tokens, set(decoding.end_ids)) for n, tokens in zip(numbers, new.tolist(), strict=True)]
-
-
-def _inputs(
-    model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, virtual: Tensor | None
-) -> dict[str, Tensor]:
-    """Padded ids (rows, longest), or embeddings (rows, virtual + longest, hidden), and their mask.
-
-    PEFT puts virtual tokens before the padding and drops position ids, so a shorter prompt stands further from them
-    (seen: answers then depend on the batch); here they stand directly before each prompt.
-    """
-    parts = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-    if virtual is not None:
-        embed = model.get_input_embeddings()
-        parts = [torch.cat([virtual, embed(part).to(virtual.dtype)]) for part in parts]
-    side = decoding.padding_side
-    mask = pad_sequence([part.new_ones(len(part), dtype=torch.long) for part in parts], True, 0, side)
-    padded = pad_sequence(parts, True, decoding.pad_id if virtual is None else 0.0, side)
-    if virtual is None:
-        return {"input_ids": padded, "attention_mask": mask}
-    return {"inputs_embeds": padded.to(model.dtype), "attention_mask": mask}
 
 
 def _answer(number: int, ids: list[int], ends: set[int]) -> Answer:

@@ -161,16 +161,14 @@ def _answers(
 ) -> Iterator[tuple[int, tuple[Answer, Tensor]]]:
     """(number, (answer, logits of the last of its batch's rows that chose its tokens))."""
     few = Decoding(**{**vars(probe.decoding), "max_new_tokens": TOKENS, "batch_rows": batch_rows})
-    virtual = subject.method.virtual_embeddings(subject.model)
-    generator = subject.model if virtual is None else subject.base
     seen: list[Tensor] = []
 
     def record(head: Any, inputs: Any, output: Tensor) -> None:
         seen.append(output[-1:, -1].float().cpu())
 
-    handle = generator.get_output_embeddings().register_forward_hook(record)
+    handle = subject.model.get_output_embeddings().register_forward_hook(record)
     try:
-        for batch in predict(generator, prompts, few, virtual=virtual):
+        for batch in predict(subject.model, prompts, few):
             logits = torch.cat(seen)
             seen.clear()
             yield from ((answer.number, (answer, logits[: steps(answer)])) for answer in batch)

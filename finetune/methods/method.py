@@ -34,7 +34,7 @@ class Method(ABC):
     answers = False  # True: it answers by itself (`fit`, `predict`), so that the base's own loss says nothing
     leaves_base_intact = True  # False: the base's own weights change (full tuning); they are then kept in float32
     starts_as_base = True  # False: differs from the base before the first step (virtual tokens, random factors)
-    padding_free = True  # False: has virtual tokens, so rows are padded
+    padding_free = True  # False: its rows are padded
     checkpointable = True  # False: cannot recompute activations in the backward pass
 
     def rows(self, rows: Sequence[Row], train_rows: Sequence[Row], *, fits: Callable[[Row], bool]) -> Sequence[Row]:
@@ -74,10 +74,6 @@ class Method(ABC):
 
     def check(self, model: Any) -> Finding | None:
         """What only this method can tell of whether it took effect, asked of the tuned model."""
-        return None
-
-    def virtual_embeddings(self, model: Any) -> Tensor | None:
-        """(virtual tokens, hidden): what stands before each prompt; the base itself then generates."""
         return None
 
     def prefix_kv(self, model: Any) -> Tensor | None:

@@ -54,7 +54,7 @@ class Peft(Method):
             return None
         ids = torch.zeros((1, 3), dtype=torch.long, device=model.device)
         found = model(input_ids=ids, use_cache=True).past_key_values.get_seq_length() - ids.shape[1]
-        expected = self.config.num_virtual_tokens
+        expected = self.config.num_virtual_tokens  # type: ignore[attr-defined]
         return Finding(found == expected, f"{found} of {expected} prefix positions in the cache of a generation")
 
     def save(self, model: Any, folder: Path) -> None:

@@ -55,7 +55,9 @@ class States(nn.Module):
     def forward(self, layer: int) -> Tensor:
         """Keys and values of one layer: (2, key heads, tokens, size)."""
         first = 2 * self.width * layer
-        return self.flat(slice(first, first + 2 * self.width)).unflatten(1, (2, *self.shape[2:])).permute(1, 2, 0, 3)
+        with torch.autocast(self.embedding.weight.device.type, enabled=False):  # as it will be saved: in float32
+            found = self.flat(slice(first, first + 2 * self.width))
+        return found.unflatten(1, (2, *self.shape[2:])).permute(1, 2, 0, 3)
 
     @torch.no_grad()
     def set(self, flat: Tensor) -> None:

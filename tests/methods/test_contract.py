@@ -123,10 +123,8 @@ def test_saved_and_loaded_onto_a_fresh_base_it_is_the_same(tuned, tmp_path):
 
 def test_generates_what_it_finds_most_likely(tuned):
     prompts = [row.ids[: row.num_prompt] for row in tuned.examples]
-    virtual = tuned.method.virtual_embeddings(tuned.model)
-    generator = tuned.model if virtual is None else tuned.base
     decoding = evaluate.Decoding(max_new_tokens=5, batch_rows=4, end_ids=(2,), pad_id=0)
-    answers = [a for batch in evaluate.predict(generator, prompts, decoding, virtual=virtual) for a in batch]
+    answers = [a for batch in evaluate.predict(tuned.model, prompts, decoding) for a in batch]
     for answer in answers:
         prompt = prompts[answer.number]
         ids = torch.tensor([[*prompt, *answer.ids, *([2] if answer.finish_reason == "stop" else [])]])

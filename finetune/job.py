@@ -1,0 +1,125 @@
+"""One run, loaded from its folder: data, method, base and batches, before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetune import runs
+from finetune.data import rows
+from finetune.environment import environment, pick_device, usable_precision
+from finetune.loop import Feeder, mean_loss
+from finetune.methods.build import build
+from finetune.methods.method import Method
+from finetune.models.attention import packs
+from finetune.models.load import Base, load
+from finetune.models.tokenizer import Example, encode_rows, template_hash
+
+log = logging.getLogger("finetune")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, loaded: what every part of it needs."""
+
+    run: Path
+    config: Mapping[str, Any]
+    accelerator: Accelerator
+    method: Method
+    base: Base
+    split: rows.Split  # only the rows that the method can answer validate
+    asked: Sequence[rows.Row]  # the validation rows as the method asks them
+    unanswerable: Mapping[str, str]  # task -> why the method cannot answer it
+    train_rows: Sequence[Example]
+    valid_rows: Sequence[Example]
+    feeder: Feeder
+
+    @property
+    def main(self) -> bool:
+        """Is this the process that writes?"""
+        return self.accelerator.is_main_process
+
+    def encode(self, part: Sequence[rows.Row]) -> list[Example]:
+        """Rows as token ids, within the task's limits."""
+        return _encode(part, self.base, self.config)
+
+    def valid_loss(self, model: Any) -> float:
+        """Mean cross-entropy in nats per supervised token of the validation rows."""
+        return mean_loss(model, self.valid_rows, feeder=self.feeder, accelerator=self.accelerator)
+
+
+def load_job(run: Path, config: Mapping[str, Any]) -> Job:
+    """Data, base and method, and environment.json that records them."""
+    accelerator, precision = _accelerator(config)
+    split = rows.load(config["task"])
+    method = build(config["method"])
+    base = base_of(config, accelerator.device, precision=precision if method.leaves_base_intact else "float32")
+    feeder = Feeder(
+        packed=method.padding_free and "packing" in config["model"]["has"] and packs(accelerator.device),
+        pad_id=base.tokenizer.pad_token_id,
+        loss_on=config["optim"]["loss_on"],
+        device=accelerator.device,
+    )
+    unanswerable = method.unanswerable(split.train)
+    kept = replace(split, valid=tuple(row for row in split.valid if row.task not in unanswerable))
+    asked = asked_of(kept.valid, split.train, method=method, base=base, config=config)
+    train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, asked))
+    if accelerator.is_main_process:
+        cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
+        forms = split.templates_hash + template_hash(base.tokenizer)
+        hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
+        record = {
+            "source": base.source,
+            "precision": precision,
+            "padding_free": feeder.packed,
+            "notes": split.notes | cut | method.notes(),
+        }
+        runs.write_json(run / "environment.json", environment(**hashes) | record)
+    return Job(run, config, accelerator, method, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
+
+
+def asked_of(
+    part: Sequence[rows.Row],
+    train_rows: Sequence[rows.Row],
+    *,
+    method: Method,
+    base: Base,
+    config: Mapping[str, Any],
+) -> Sequence[rows.Row]:
+    """The rows as the method asks them, no prompt longer than the task's limit."""
+    return method.rows(part, train_rows, fits=lambda row: not _encode([row], base, config)[0].prompt_cut)
+
+
+def _encode(part: Sequence[rows.Row], base: Base, config: Mapping[str, Any]) -> list[Example]:
+    limits = {key: config["task"][key] for key in ("max_prompt_tokens", "max_target_tokens")}
+    return encode_rows(part, base.tokenizer, **limits)
+
+
+def _accelerator(config: Mapping[str, Any]) -> tuple[Accelerator, str]:
+    """The Accelerate side of the run, compared with what was asked; and the precision it computes in."""
+    device = pick_device(config["launch"]["device"])
+    precision, why = usable_precision(config["model"]["precision"], device)
+    if why:
+        log.warning("model.precision=%s: %s", config["model"]["precision"], why)
+    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    asked, got = config["launch"]["num_processes"], accelerator.num_processes
+    if asked != got:
+        raise ValueError(f"launch.num_processes={asked}, but {got} were started")
+    return accelerator, precision
+
+
+def base_of(config: Mapping[str, Any], device: torch.device, *, precision: str) -> Base:
+    """A fresh base of a run, in one precision."""
+    model = {**config["model"], "precision": precision}
+    tokens = config["task"]["max_prompt_tokens"] + config["task"]["max_target_tokens"]
+    quantize = config["method"]["quantize"]
+    base = load(model, scale=config["scale"], quantize=quantize, device=str(device), max_tokens=tokens, log=log.info)
+    log.info("base %s from %s", config["model"]["name"], base.source)
+    return base
