@@ -71,8 +71,15 @@ class Peft(Method):
             return wrapper
         self.wrapper, base = wrapper, wrapper.get_base_model()
         base.prompt_encoder = wrapper.prompt_encoder["default"]
-        virtual_tokens.insert(base, embeddings=lambda: wrapper.get_prompt(batch_size=1)[0])
+        virtual_tokens.insert(base, embeddings=lambda: _embeddings(wrapper))
         return base
+
+
+def _embeddings(wrapper: Any) -> Tensor:
+    """Prompt tuning's and P-tuning's (virtual tokens, hidden), computed as they are saved: in float32."""
+    with torch.autocast(wrapper.device.type, enabled=False):
+        found: Tensor = wrapper.get_prompt(batch_size=1)[0]
+    return found
 
 
 class AdaLora(Method):
