@@ -75,11 +75,10 @@ def _overlap(row: Row) -> Sequence[int]:
 
 
 def _rewording_drop(asked: Sequence[Row], reworded: Sequence[Row]) -> dict[str, float]:
-    """Points of ROUGE-L lost when the same is asked in other words."""
-    if not reworded:
-        return {}
-    as_asked, otherwise = (fmean(row["scores"]["rouge-l"] for row in rows) for rows in (asked, reworded))
-    return {"rewording_drop": as_asked - otherwise}
+    """Points of ROUGE-L that the same rows lose when they are asked in other words."""
+    own = {row["id"]: row["scores"]["rouge-l"] for row in asked}
+    lost = [own[row["id"]] - row["scores"]["rouge-l"] for row in reworded if row["id"] in own]
+    return {"rewording_drop": fmean(lost)} if lost else {}
 
 
 def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def test_mean_rouge_wants_pairs():
 
 
 def test_rewording_is_a_column_and_changes_no_other_score():
-    rows = [row("患者发热"), row("患者咳嗽")]
-    reworded = [row("患者发热") | {"template": 1}, row("") | {"template": 2}]
+    rows = [row("患者发热") | {"id": "a"}, row("患者咳嗽") | {"id": "b"}]
+    reworded = [row("患者发热") | {"id": "a", "template": 1}, row("") | {"id": "a", "template": 2}]
     scores = aggregate(rows + reworded)["mean"]
-    assert scores.pop("rewording_drop") == pytest.approx(75 - 50)
+    assert scores.pop("rewording_drop") == pytest.approx((0 + 100) / 2)  # of the row that was asked again
     assert scores == aggregate(rows)["mean"]
