@@ -76,6 +76,8 @@ def _overlap(row: Row) -> Sequence[int]:
 
 def _rewording_drop(asked: Sequence[Row], reworded: Sequence[Row]) -> dict[str, float]:
     """Points of ROUGE-L that the same rows lose when they are asked in other words."""
+    if not reworded:
+        return {}
     own = {row["id"]: row["scores"]["rouge-l"] for row in asked}
     lost = [own[row["id"]] - row["scores"]["rouge-l"] for row in reworded if row["id"] in own]
     return {"rewording_drop": fmean(lost)} if lost else {}
