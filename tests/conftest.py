@@ -45,3 +45,9 @@ def examples():
         ids = [draw.randrange(3, 96) for _ in range(length)]
         found.append(SimpleNamespace(ids=ids, num_prompt=max(1, length // 2)))
     return found
+
+
+def pytest_collection_modifyitems(items):
+    """Whole grids first: a file is one worker's, and the longest must not be the last."""
+    long = ("test_main.py", "test_experiment.py", "test_notebooks.py", "test_miniature.py")
+    items.sort(key=lambda item: item.path.name not in long)

@@ -406,13 +406,13 @@ def test_the_three_tasks_of_the_original_experiment():
 
 
 def test_reworded_rows_are_the_validation_rows_with_another_prompt():
-    task = committed("clinic", **{"task.train_rows": 9, "task.valid_rows": 6})
+    task = committed("clinic", train_rows=9, valid_rows=6)
     own, others = rows.load(task).valid, rows.reworded(task, task["rewordings"][0])
     assert [replace(row, prompt="") for row in own] == [replace(row, prompt="") for row in others]
     assert all(one.prompt != other.prompt for one, other in zip(own, others, strict=True))
 
 
 def test_a_rewording_that_is_no_template_is_refused():
-    task = {**committed("clinic", **{"task.train_rows": 9, "task.valid_rows": 6}), "rewordings": ["{input"]}
+    task = {**committed("clinic", train_rows=9, valid_rows=6), "rewordings": ["{input"]}
     with pytest.raises(ValueError, match="prompt"):
         rows.load(task)

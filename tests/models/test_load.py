@@ -324,7 +324,7 @@ def test_a_model_file_names_the_layers_of_its_class(name):
     assert linear_names(network, torch.nn.Embedding) == {model["embedding"]}
     biased = any(m.bias is not None for m in network.modules() if isinstance(m, torch.nn.Linear))
     rotary = bool(getattr(network.config, "rope_parameters", None))
-    assert model["has"] == ["linear", *["bias"] * biased, *["rope"] * rotary]
+    assert model["has"] == ["linear", *["bias"] * biased, *["rope", "packing"] * rotary]
 
 
 def test_every_key_of_a_model_file_has_a_comment():
