@@ -104,7 +104,8 @@ def _score_response(row: Row) -> dict[str, Any]:
 
 
 def _score_responses(rows: Sequence[Row]) -> dict[str, float]:
-    return {"official": fmean(_score_response(row)["rouge-l-official"] for row in rows)}
+    known = [row.get("scores") or _score_response(row) for row in rows]
+    return {"official": fmean(scores["rouge-l-official"] for scores in known)}
 
 
 def _score_report(row: Row) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from itertools import compress
 from typing import NamedTuple
 
 BLEU_ORDER = 4
@@ -86,8 +87,9 @@ def _shared(tokens: Sequence[str], reference: Text) -> list[int]:
     starts: Sequence[int] = range(len(tokens))
     numbers = []
     for n, known in enumerate(reference.ngrams, 1):
-        starts = [start for start in starts if tokens[start : start + n] in known]
-        found = [tokens[start : start + n] for start in starts]
+        grams = [tokens[start : start + n] for start in starts]
+        is_known = list(map(known.__contains__, grams))
+        starts, found = list(compress(starts, is_known)), list(compress(grams, is_known))
         if len(set(found)) < len(found):
             counts = Counter(found)
             numbers.append(sum(map(min, counts.values(), map(known.__getitem__, counts))))
