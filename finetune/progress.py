@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from finetune import runs
 
@@ -25,7 +26,13 @@ class Progress:
         self.console = Console(stderr=True)
         self.total = num_cells
         self.count = 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        name = Column(no_wrap=True, overflow="ellipsis", max_width=self.console.width // 3)  # leaves room for the bar
+        columns = (
+            TextColumn("{task.description}", table_column=name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         tail = (TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
         self.bars = Bars(*columns, *tail, console=self.console, disable=not self.console.is_terminal)
         self.sweep = self.bars.add_task("sweep", total=num_cells, note="")
@@ -43,7 +50,7 @@ class Progress:
         if self.bars.disable:
             return
         if name not in self.cells:
-            self.cells[name] = self.bars.add_task(escape(name), total=None, note="")
+            self.cells[name] = self.bars.add_task(escape(name.partition("/")[2]), total=None, note="")
         step: dict[str, float] = {}
         with contextlib.suppress(ValueError, IndexError):
             step = json.loads(runs.tail(run / "steps.jsonl", 1)[-1])
