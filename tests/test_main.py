@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import tiny_base
+from report_runs import write_base
 
 ROOT = Path(__file__).parent.parent
 QUICK = (
@@ -25,19 +25,8 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A random Qwen2 base with a tokenizer of single bytes, as a folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: n for n, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path_factory.mktemp("base")
-    tiny_base("qwen2", vocab_size=len(vocabulary)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
-    return folder
+    """A random Qwen2 base as a folder."""
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def _from_a_terminal():
