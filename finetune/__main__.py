@@ -143,6 +143,9 @@ def _begin(cell: Cell, slot: Slot) -> Job | str:
     except OSError as error:
         return _cannot_write(cell, error)
     try:
+        if (cell.folder / "scores.json").exists():  # another sweep ended it since we looked
+            runs.release(cell.folder)
+            return "done"
         runs.clear(cell.folder)
         reason = unsupported(cell.config)
         if not reason:

@@ -54,6 +54,12 @@ def cells(args: Namespace, *, root: Path) -> list[Cell]:
                 wrong.update(dict.fromkeys(problems(cell.config) or _other(cell)))
             else:
                 wrong[cell] = None
+    first: dict[Path, Cell] = {}
+    for cell in found:
+        other = first.setdefault(cell.folder, cell)
+        if identity(other.config) != identity(cell.config):
+            changed = "; ".join(differences(other.config, cell.config))
+            wrong[f"two cells want {cell.folder} ({changed}); give them a study= each"] = None
     if wrong:
         raise Invalid("\n".join(wrong))
     return list({cell.folder: cell for cell in found}.values())

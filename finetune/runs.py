@@ -106,8 +106,8 @@ def clear(run: Path) -> None:
 
 
 def fail(run: Path, *, kind: str, message: str) -> None:
-    """Record why the run ended without a result; the first record of an attempt stays, `unsupported.json` is one."""
-    if (run / "failure.json").exists() or (run / "unsupported.json").exists():
+    """Record why the run ended without a result; nothing if it has one, or a record of this attempt."""
+    if any((run / name).exists() for name in ("scores.json", "failure.json", "unsupported.json")):
         return
     log = tail(run / "run.log", 20)
     write_json(run / "failure.json", {"kind": kind, "message": message, "log": log, "time": time.time()})

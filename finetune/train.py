@@ -29,6 +29,7 @@ from finetune.answers import decoding, predict_rows
 from finetune.data.batches import plan
 from finetune.environment import peak_memory_gib, usable_precision
 from finetune.job import Job, base_of, load_job
+from finetune.launch import die_with_parent
 from finetune.loop import Loop, mean_loss
 from finetune.methods.build import build
 from finetune.models.load import Base
@@ -79,8 +80,8 @@ def train(run: Path) -> None:
         result = _result(job, predictions, history, cost={**counts, **seconds, "peak_memory_gib": memory})
         result |= {"loss": outcome.losses(history) or own, "checks": found}
         result |= {"forgetting": forgetting} if forgetting else {}
-        tracker.finish(result, predictions)
         runs.write_json(run / "scores.json", result)
+        tracker.finish(result, predictions)  # an upload may take long, and is only a copy
         log.info("done in %.1f s: ROUGE-1 %.1f", now - began, result["scores"]["mean"]["rouge-1"])
 
 
@@ -256,4 +257,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: its launcher gave it a session of its own
+        die_with_parent()
     main(Path(sys.argv[1]))
