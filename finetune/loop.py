@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.data.batches import Batch, Example, group, pack, pad, supervised
+from finetune.graphs import Graphs, Shapes, Size, compiled, way
+from finetune.methods.blocks import blocks
 from finetune.methods.method import Method, trainable
 from finetune.models.attention import packing
 from finetune.noise import noisy
@@ -37,12 +39,14 @@ class Feeder:
     def batches(self, examples: Sequence[Example]) -> list[Batch]:
         """Batches of one forward pass each that hold all of `examples`."""
         if self.packed:
-            found = [
-                pack(part, loss_on=self.loss_on) for part in _bounded(examples, limit=PACK_TOKENS[self.device.type])
-            ]
+            found = [pack(part, loss_on=self.loss_on) for part in self.packs(examples)]
         else:
             found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in group(examples)]
         return [batch.to(self.device) for batch in found]
+
+    def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The rows of every pack."""
+        return list(_bounded(examples, limit=PACK_TOKENS[self.device.type]))
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -89,6 +93,7 @@ class Loop:
     steps: Sequence[Sequence[int]]  # row numbers of every optimizer step
     optim: Mapping[str, Any]
     lr: float
+    step: str = "auto"  # auto | eager | graph | compiled: see finetune.graphs
 
     def run(self, model: Any, *, validate: Callable[[Any], float], record: Callable[[dict[str, Any]], None]) -> Any:
         """Train; `record` gets every step's numbers. Returns the unwrapped model."""
@@ -99,16 +104,20 @@ class Loop:
         schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, len(self.steps), self.optim))
         validations = _spaced(self.optim["validations"], len(self.steps))
         model.train()
+        graphs = self._graphs(base, weights)
         clock = _Clock()
         for number, rows in enumerate(self.steps, start=1):
             rate = schedule.get_last_lr()[0]
-            summed, count = self._gradients(model, base, rows)
+            summed, count = self._gradients(model, base, rows, graphs)
             norm = float(self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf))
             loss = float(self.accelerator.reduce(summed)) / count
             self._refuse_not_finite(loss, norm, rows=rows, step=number)
             optimizer.step()
             self.method.after_step(base, number)
-            optimizer.zero_grad()
+            if graphs:
+                graphs.zero()
+            else:
+                optimizer.zero_grad()
             schedule.step()
             clock.add(sum(len(self.examples[row].ids) for row in rows))
             line = {"step": number, "num_steps": len(self.steps), "loss": loss, "lr": rate, "gradient_norm": norm}
@@ -123,15 +132,23 @@ class Loop:
         arguments = {k: v for k, v in self.optim["optimizer"].items() if k != "_target_"}
         groups = self.method.parameter_groups(model, self.lr)
         target = self.optim["optimizer"]["_target_"]
+        if target == "torch.optim.AdamW" and self.accelerator.device.type == "cuda":
+            arguments = {"fused": True, **arguments}
         optimizer: torch.optim.Optimizer = instantiate({"_target_": target, "_partial_": True})(groups, **arguments)
         return optimizer
 
-    def _gradients(self, model: Any, base: Any, rows: Sequence[int]) -> tuple[Tensor, int]:
+    def _gradients(self, model: Any, base: Any, rows: Sequence[int], graphs: Graphs | None) -> tuple[Tensor, int]:
         """Gradients of the step's mean loss per supervised token; this process's summed loss, and the step's tokens."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         count = sum(len(supervised(self.examples[row], loss_on=self.feeder.loss_on)) for row in rows)
-        batches = self._share(rows[rank::ranks])
         summed = torch.zeros((), device=self.accelerator.device)
+        if graphs:
+            for part in self._packs(rows):
+                summed += graphs(pack(part, loss_on=self.feeder.loss_on), scale=1 / count)
+            if isinstance(penalty := self.method.penalty(base), Tensor):
+                penalty.backward()
+            return summed, count
+        batches = self._share(rows[rank::ranks])
         for batch in batches:
             last = batch is batches[-1]
             alone = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
@@ -147,6 +164,39 @@ class Loop:
         """Under float16 a gradient may overflow: its scaler skips that step."""
         if not math.isfinite(loss) or (not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; rows {list(rows)[:8]}")
+
+    def _graphs(self, base: Any, weights: Sequence[nn.Parameter]) -> Graphs | None:
+        """The plan's packs as graphs, where the device has them and the run earns them back."""
+        device = self.accelerator.device
+        if device.type != "cuda" or not self.feeder.packed or self.accelerator.num_processes > 1:
+            return None
+        if self.accelerator.mixed_precision == "fp16" or self.optim.get("neftune_alpha"):
+            return None
+        parts = [part for rows in self.steps for part in self._packs(rows)]
+        shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
+        layers = blocks(base.get_base_model() if hasattr(base, "get_base_model") else base)
+        step = way(self.step, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
+        if step == "eager":
+            return None
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+
+        def loss(batch: Batch) -> Tensor:
+            with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+                return summed_loss(base, batch)
+
+        graphs = Graphs(shapes, loss=loss, weights=weights, device=device)
+        with packing(base), compiled(layers) if step == "compiled" else contextlib.nullcontext():
+            graphs.capture()
+        return graphs
+
+    def _packs(self, rows: Sequence[int]) -> list[list[Example]]:
+        """The step's rows as packs."""
+        parts = self.optim["accumulation"]
+        return [p for i in range(parts) for p in self.feeder.packs([self.examples[row] for row in rows[i::parts]])]
+
+    def _size(self, part: Sequence[Example]) -> Size:
+        kept = sum(len(supervised(example, loss_on=self.feeder.loss_on)) for example in part)
+        return Size(sum(len(example.ids) for example in part), len(part), kept)
 
     def _share(self, rows: Sequence[int]) -> list[Batch]:
         """This process's batches, at least one for each micro-batch."""

@@ -1,0 +1,170 @@
+"""Losses and gradients of packs on a GPU without the host: static shapes, compiled layers, one CUDA graph per bucket.
+
+Below some 16 k tokens a step of a small base waits for the host, which launches thousands of small kernels. Packs are
+therefore filled up to a few sizes known from the plan, and what runs on each is recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from finetune.data.batches import Batch
+
+IGNORED = -100  # cross-entropy's label that does not count
+SECONDS_SAVED = 0.004  # of host time by a replayed layer, forward and backward
+SECONDS_CAPTURE = 0.7  # for one bucket
+SECONDS_COMPILE = 20.0  # of one kind of layer, with an empty cache
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a pack holds, or has room for."""
+
+    tokens: int
+    rows: int
+    kept: int  # supervised positions
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that the packs of a run are filled up to: one for every bucket of tokens."""
+
+    rooms: Mapping[int, Size]  # bucket -> room
+    longest: int  # tokens of the longest row, and of any filling
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size], *, longest: int) -> Shapes:
+        """The fewest rooms that hold all `sizes`, at most 256 tokens too large, above 3072 tokens 512."""
+        rooms: dict[int, Size] = {}
+        for size in sizes:
+            bucket = _bucket(size.tokens)
+            room = rooms.get(bucket, Size(bucket, 0, 0))
+            rooms[bucket] = Size(bucket, max(room.rows, size.rows), max(room.kept, size.kept))
+        fillings = -(-512 // longest)
+        return cls(
+            {b: replace(r, rows=r.rows + fillings, kept=-(-r.kept // 64) * 64) for b, r in rooms.items()}, longest
+        )
+
+    def empty(self, bucket: int) -> Batch:
+        """A pack of one row, filled up."""
+        size = min(self.longest, bucket)
+        row = Batch(
+            ids=torch.zeros(1, size, dtype=torch.long),
+            positions=torch.arange(size)[None],
+            kept=torch.tensor([0]),
+            labels=torch.tensor([0]),
+            num_tokens=size,
+            bounds=torch.tensor([0, size], dtype=torch.int32),
+            longest=size,
+        )
+        return self._fill(row, self.rooms[bucket])
+
+    def fill(self, batch: Batch) -> Batch:
+        """The pack with rows that nobody asked for, up to its room; the loss of its kept positions is the same.
+
+        Every token lies in a row: tokens outside of all rows gave gradients that were not numbers (seen).
+        """
+        return self._fill(batch, self.rooms[_bucket(batch.num_tokens)])
+
+    def _fill(self, batch: Batch, room: Size) -> Batch:
+        assert batch.bounds is not None
+        starts = range(batch.num_tokens, room.tokens, self.longest)
+        ends = torch.tensor([*starts[1:], room.tokens][: len(starts)], dtype=torch.int32)
+        positions = [torch.arange(min(self.longest, room.tokens - start)) for start in starts]
+        bounds = torch.cat([batch.bounds, ends])
+        return Batch(
+            ids=pad(batch.ids, (0, room.tokens - batch.num_tokens)),
+            positions=torch.cat([batch.positions[0], *positions])[None],
+            kept=pad(batch.kept, (0, room.kept - len(batch.kept))),
+            labels=pad(batch.labels, (0, room.kept - len(batch.labels)), value=IGNORED),
+            num_tokens=batch.num_tokens,
+            bounds=pad(bounds, (0, room.rows + 1 - len(bounds)), value=room.tokens),
+            longest=self.longest,
+        )
+
+
+def _bucket(tokens: int) -> int:
+    step = 256 if tokens <= 3072 else 512
+    return -(-tokens // step) * step
+
+
+def way(asked: str, *, num_packs: int, num_buckets: int, num_layers: int) -> str:
+    """`auto` decides for eager, graph or compiled: what takes the fewest seconds, capture and compilation included."""
+    if asked != "auto":
+        return asked
+    saved = SECONDS_SAVED * num_packs * num_layers - SECONDS_CAPTURE * num_buckets
+    return "eager" if saved < 0 else "graph" if saved < 2 * SECONDS_COMPILE else "compiled"
+
+
+@contextlib.contextmanager
+def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, the layers are compiled."""
+    for layer in layers:
+        layer.compile()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+class Graphs:
+    """Adds a pack's gradients to the weights' `.grad` and returns its summed loss, by replaying a graph."""
+
+    def __init__(
+        self, shapes: Shapes, *, loss: Callable[[Batch], Tensor], weights: Sequence[nn.Parameter], device: torch.device
+    ) -> None:
+        self.shapes = shapes
+        self.loss = loss
+        self.weights = weights
+        self.scale = torch.ones((), device=device)
+        self.stream = torch.cuda.Stream(device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+
+    def capture(self) -> None:
+        """Record every bucket, the largest first, so that the others fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        state = torch.cuda.get_rng_state(self.stream.device)
+        for bucket in sorted(self.shapes.rooms, reverse=True):
+            self.graphs[bucket] = self._captured(self.shapes.empty(bucket).to(self.stream.device), pool)
+        self.zero()
+        torch.cuda.set_rng_state(state, self.stream.device)
+
+    def _captured(self, batch: Batch, pool: Any) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):
+                self._run(batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            loss = self._run(batch)
+        return graph, batch, loss
+
+    def _run(self, batch: Batch) -> Tensor:
+        loss = self.loss(batch)
+        (loss * self.scale).backward()
+        return loss.detach()
+
+    def __call__(self, batch: Batch, *, scale: float) -> Tensor:
+        """Summed loss of a pack on the CPU; gradients of `scale` times that are added."""
+        batch = self.shapes.fill(batch)
+        graph, static, loss = self.graphs[batch.ids.shape[1]]
+        for name in ("ids", "positions", "kept", "labels", "bounds"):
+            getattr(static, name).copy_(getattr(batch, name).pin_memory(), non_blocking=True)
+        self.scale.fill_(scale)
+        graph.replay()
+        return loss.clone()
+
+    def zero(self) -> None:
+        """Forget the gradients, in place: the graphs know where they lie."""
+        torch._foreach_zero_([weight.grad for weight in self.weights])
