@@ -138,7 +138,7 @@ def ours(shape: str, meter: Meter, *, method: str, step: str, batch_rows: int) -
     feeder = Feeder(packed=True, pad_id=0, loss_on="target", device=accelerator.device)
     steps = plan(len(examples), epochs=40, batch_rows=batch_rows, max_steps=None, seed=1)
     optim = {**settings["optim"], "validations": 0}
-    loop = Loop(tuner, accelerator, feeder, examples, steps, optim, 1e-5, step)
+    loop = Loop(tuner, accelerator, feeder, examples, steps, optim, 1e-5, way=step)
 
     def record(line: dict[str, Any]) -> None:
         meter.first_loss = meter.first_loss or line["loss"]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -11,9 +16,22 @@ from accelerate.utils import gather_object
 from finetune import evaluate, outcome, runs
 from finetune.data import rows
 from finetune.job import Job, asked_of
+from finetune.memory import free, out_of_memory, too_much
 from finetune.models.tokenizer import Example
+from finetune.resume import PARTIAL
+from finetune.stop import Stop
 
 log = logging.getLogger("finetune")
+
+Said = tuple[list[int], str]  # new tokens, finish reason
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers that were generated together."""
+
+    answers: Sequence[evaluate.Answer]
+    seconds: float
 
 
 def decoding(job: Job) -> evaluate.Decoding:
@@ -28,17 +46,113 @@ def decoding(job: Job) -> evaluate.Decoding:
     )
 
 
-def predict_rows(job: Job, model: Any) -> list[dict[str, Any]]:
-    """The lines of predictions.jsonl, written: every validation row, then some of them in other words."""
-    lines = outcome.lines(job.split.valid, _replies(job, model, job.asked))
-    for number, template in enumerate(job.config["task"]["rewordings"], start=1):
-        part = _reworded(job, template)
-        asked = asked_of(part, job.split.train, method=job.method, base=job.base, config=job.config)
-        lines += outcome.lines(part, _replies(job, model, asked), template=number)
-    if job.main:
-        (job.run / "predictions.jsonl").unlink(missing_ok=True)
-        runs.append_lines(job.run / "predictions.jsonl", lines)
-    return lines
+class Answering:
+    """The answers of one model to the validation rows; batches that an earlier process finished are not repeated."""
+
+    def __init__(self, job: Job, model: Any, stop: Stop) -> None:
+        self.job, self.model, self.stop = job, model, stop
+        self.file = job.run / PARTIAL.replace("*", str(job.accelerator.process_index))
+        self.batch_rows: int = job.config["evaluate"]["batch_rows"]
+        self.halvings = 0  # of `batch_rows`, where memory ran out
+        self.earlier = 0.0  # seconds of answering before this process
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of predictions.jsonl, written: every validation row, then some of them in other words."""
+        job = self.job
+        found = outcome.lines(job.split.valid, self._replies(job.asked, template=0))
+        for number, template in enumerate(job.config["task"]["rewordings"], start=1):
+            part = _reworded(job, template)
+            asked = asked_of(part, job.split.train, method=job.method, base=job.base, config=job.config)
+            found += outcome.lines(part, self._replies(asked, template=number), template=number)
+        if job.main:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
+            runs.write_text(job.run / "predictions.jsonl", text)
+        return found
+
+    def _replies(self, asked: Sequence[rows.Row], *, template: int) -> list[outcome.Reply]:
+        """The answer to every row."""
+        chosen = self.job.method.predict(self.model, asked, encode=self.job.encode)
+        if chosen is not None:
+            return [(text, "stop") for text in chosen]
+        answers = self._answers(self.job.encode(asked), template=template)
+        decode = self.job.base.tokenizer.decode
+        found = [answers[n] for n in range(len(asked))]
+        return [(decode(ids, skip_special_tokens=True).strip(), reason) for ids, reason in found]
+
+    def _answers(self, examples: Sequence[Example], *, template: int) -> dict[int, Said]:
+        """The generated answer to every row, by its number; each process answers its share."""
+        rank, ranks = self.job.accelerator.process_index, self.job.accelerator.num_processes
+        mine = range(rank, len(examples), ranks)
+        about = {"template": template, "rows": len(mine), "processes": ranks}
+        found = self._earlier(about)
+        with self.stop.held():
+            while left := [n for n in mine if n not in found]:
+                prompts = [examples[n].ids[: examples[n].num_prompt] for n in left]
+                for batch in self._batches(prompts):
+                    part = {left[answer.number]: (answer.ids, answer.finish_reason) for answer in batch.answers}
+                    size = {"batch_rows": self.batch_rows, "halvings": self.halvings}
+                    _append(self.file, {**about, **size, "seconds": batch.seconds, "answers": list(part.items())})
+                    found |= part
+                    log.info("answered %d of %d rows", len(found), len(mine))
+                    self.stop.heed()
+        return dict(gather_object(list(found.items())) if ranks > 1 else found)
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """Finished batches and their seconds; ends early, with smaller batches to come, where memory runs out."""
+        began = time.perf_counter()
+        try:
+            how = replace(decoding(self.job), batch_rows=self.batch_rows)
+            for answers in evaluate.predict(self.model, prompts, how):
+                yield Batch(answers, time.perf_counter() - began)
+                began = time.perf_counter()
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            said = str(error)
+        if self.batch_rows == 1 or len(prompts) == 1:
+            raise too_much(max(map(len, prompts)), doing="answering:", said=said)
+        free()
+        self.batch_rows = min(self.batch_rows, len(prompts)) // 2
+        self.halvings += 1
+        log.warning("out of memory: %d rows are answered together from now on", self.batch_rows)
+
+    def _earlier(self, about: Mapping[str, Any]) -> dict[int, Said]:
+        """Answers of earlier processes; all are dropped if they are not of this plan."""
+        found: dict[int, Said] = {}
+        for line in _whole(self.file):
+            if line["processes"] != about["processes"]:
+                self.file.unlink()
+                return {}
+            if {key: line[key] for key in about} == about:
+                found |= {number: (ids, reason) for number, (ids, reason) in line["answers"]}
+                self.earlier += line["seconds"]
+                self.batch_rows, self.halvings = line["batch_rows"], line["halvings"]
+        return found
+
+
+def _append(file: Path, batch: Mapping[str, Any]) -> None:
+    """Add a batch and its checksum."""
+    text = json.dumps(batch)
+    runs.append_lines(file, [{"crc": zlib.crc32(text.encode()), "batch": text}])
+
+
+def _whole(file: Path) -> list[dict[str, Any]]:
+    """The batches up to the first that is damaged, and the file without the others."""
+    if not file.exists():
+        return []
+    found, kept = [], b""
+    for line in file.read_bytes().splitlines(keepends=True):
+        try:
+            value = json.loads(line)
+            if value["crc"] != zlib.crc32(value["batch"].encode()) or not line.endswith(b"\n"):
+                break
+        except (ValueError, LookupError, TypeError, AttributeError):
+            break
+        found.append(json.loads(value["batch"]))
+        kept += line
+    runs.write_text(file, kept.decode())
+    return found
 
 
 def _reworded(job: Job, template: str) -> list[rows.Row]:
@@ -48,26 +162,3 @@ def _reworded(job: Job, template: str) -> list[rows.Row]:
         return []
     found = {row.id: row for row in rows.reworded(job.config["task"], template)}
     return [found[row.id] for row in valid[:: -(-len(valid) // count)] if row.id in found]
-
-
-def _replies(job: Job, model: Any, asked: Sequence[rows.Row]) -> list[outcome.Reply]:
-    """The answer to every row."""
-    chosen = job.method.predict(model, asked, encode=job.encode)
-    if chosen is not None:
-        return [(text, "stop") for text in chosen]
-    answers = _answers(job, model, job.encode(asked))
-    decode = job.base.tokenizer.decode
-    found = [answers[n] for n in range(len(asked))]
-    return [(decode(answer.ids, skip_special_tokens=True).strip(), answer.finish_reason) for answer in found]
-
-
-def _answers(job: Job, model: Any, examples: Sequence[Example]) -> dict[int, evaluate.Answer]:
-    """The generated answer to every row, by its number; each process answers its share."""
-    rank, ranks = job.accelerator.process_index, job.accelerator.num_processes
-    mine = range(rank, len(examples), ranks)
-    prompts = [examples[n].ids[: examples[n].num_prompt] for n in mine]
-    found: list[tuple[int, evaluate.Answer]] = []
-    for batch in evaluate.predict(model, prompts, decoding(job)):
-        found += [(mine[answer.number], answer) for answer in batch]
-        log.info("answered %d of %d rows", len(found), len(mine))
-    return dict(gather_object(found) if ranks > 1 else found)

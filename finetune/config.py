@@ -151,6 +151,7 @@ class Launch(Section):
     num_processes: Annotated[int, Field(ge=1, le=1024)]
     jobs: Annotated[int, Field(ge=1, le=1024)] | None
     device: Literal["auto", "cpu", "cuda"]
+    checkpoint_minutes: Annotated[float, Field(ge=0)]
 
 
 class Evaluate(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ def load_job(run: Path, config: Mapping[str, Any]) -> Job:
         cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
         forms = split.templates_hash + template_hash(base.tokenizer)
         hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
+        _refuse_other_inputs(run, hashes, what={"data": _data(config), "templates": "", "weights": base.source})
         record = {
             "source": base.source,
             "precision": precision,
@@ -82,6 +84,28 @@ def load_job(run: Path, config: Mapping[str, Any]) -> Job:
         }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
     return Job(run, config, accelerator, method, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
+
+
+def _refuse_other_inputs(run: Path, hashes: Mapping[str, str], *, what: Mapping[str, str]) -> None:
+    """Raise ValueError if an earlier process of this run read other data, prompt forms or weights."""
+    before: Mapping[str, str] = {}
+    with contextlib.suppress(ValueError):  # a damaged record is no record
+        before = runs.read_json(run / "environment.json").get("hashes", {})
+    changed = [
+        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({before[name][:12]} -> {now[:12]})"
+        for name, now in hashes.items()
+        if before.get(name, now) != now
+    ]
+    if changed:
+        raise ValueError(
+            f"{'; '.join(changed)} since this run began: put back what it began with, or remove {run} to begin anew"
+        )
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    """Where the rows come from."""
+    source = config["task"]["source"]
+    return str(source.get("path") or source["_target_"])
 
 
 def asked_of(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +20,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.data.batches import Batch, Example, group, pack, pad, supervised
 from finetune.graphs import Graphs, Shapes, Size, compiled, way
+from finetune.memory import free, out_of_memory, too_much
 from finetune.methods.blocks import blocks
 from finetune.methods.method import Method, trainable
 from finetune.models.attention import packing
 from finetune.noise import noisy
+from finetune.resume import Keeper, Line, Moving
+
+log = logging.getLogger("finetune")
 
 # Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
 PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
+MOST_SKIPPED = 3  # steps in a row whose loss or gradient is no number
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,21 @@ class Feeder:
     pad_id: int
     loss_on: str
     device: torch.device
+    max_tokens: int | None = None  # of a batch of several rows, padding included; set where memory ran out
+    halvings: int = 0  # how often it did
 
     def batches(self, examples: Sequence[Example]) -> list[Batch]:
         """Batches of one forward pass each that hold all of `examples`."""
         if self.packed:
             found = [pack(part, loss_on=self.loss_on) for part in self.packs(examples)]
         else:
-            found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in group(examples)]
+            parts = (part for rows in group(examples) for part in _bounded_rows(rows, limit=self.max_tokens))
+            found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in parts]
         return [batch.to(self.device) for batch in found]
 
     def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The rows of every pack."""
-        return list(_bounded(examples, limit=PACK_TOKENS[self.device.type]))
+        return list(_bounded(examples, limit=self.max_tokens or PACK_TOKENS[self.device.type]))
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,6 +92,27 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, 
     return float(summed / count)
 
 
+@dataclass
+class _Done:
+    """A step that was started; its numbers may still lie on the device."""
+
+    number: int
+    rows: Sequence[int]
+    rate: float
+    count: int  # supervised tokens
+    summed: Tensor  # loss
+    norm: Tensor  # of the gradient
+    skipped: bool = False
+
+    def numbers(self) -> tuple[float, float]:
+        """Mean loss and gradient norm."""
+        return float(self.summed) / self.count, float(self.norm)
+
+    def broken(self) -> Tensor:
+        """1.0 if one of them is no number, else 0.0."""
+        return 1.0 - (self.summed.isfinite() & self.norm.isfinite()).float()
+
+
 @dataclass(frozen=True)
 class Loop:
     """What one training needs besides the model."""
@@ -93,10 +124,18 @@ class Loop:
     steps: Sequence[Sequence[int]]  # row numbers of every optimizer step
     optim: Mapping[str, Any]
     lr: float
-    step: str = "auto"  # auto | eager | graph | compiled: see finetune.graphs
+    ids: Sequence[str] = ()  # names of the examples, for messages
+    way: str = "auto"  # auto | eager | graph | compiled: see finetune.graphs
 
-    def run(self, model: Any, *, validate: Callable[[Any], float], record: Callable[[dict[str, Any]], None]) -> Any:
-        """Train; `record` gets every step's numbers. Returns the unwrapped model."""
+    def run(
+        self,
+        model: Any,
+        *,
+        validate: Callable[[Any], float],
+        record: Callable[[Line], None],
+        keeper: Keeper | None = None,
+    ) -> Any:
+        """Train; `record` gets every step's numbers, `keeper` what resuming needs. Returns the unwrapped model."""
         optimizer = self._optimizer(model)
         weights = list(trainable(model))  # walking the modules costs as much as a small layer
         base = model
@@ -104,28 +143,56 @@ class Loop:
         schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, len(self.steps), self.optim))
         validations = _spaced(self.optim["validations"], len(self.steps))
         model.train()
-        graphs = self._graphs(base, weights)
-        clock = _Clock()
-        for number, rows in enumerate(self.steps, start=1):
+        moving = Moving(base, self.method, optimizer, schedule, self.accelerator.scaler)
+        history = keeper.resume(moving) if keeper else []
+        loop, clock, broken = self._as_after(history), _Clock(history), _broken_at_the_end(history)
+        graphs = loop._graphs(base, weights)
+        late = graphs is not None and self._guarded(optimizer)
+        waiting: _Done | None = None
+
+        def finish(done: _Done) -> None:
+            """Read a step's numbers, which waits for the device."""
+            nonlocal broken
+            loss, norm = done.numbers()
+            finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(norm))
+            clock.add(sum(len(self.examples[row].ids) for row in done.rows))
+            line = {"step": done.number, "num_steps": len(self.steps), "loss": loss if finite else None}
+            line |= {"lr": done.rate, "gradient_norm": norm, "tokens_per_second": clock.rate()}
+            line |= {"seconds": clock.seconds, "num_tokens": clock.num_tokens}
+            line |= {**({"skipped": True} if done.skipped or not finite else {}), **loop._limit()}
+            if done.number in validations:
+                with clock.paused():
+                    line["valid_loss"] = validate(model)
+            record(line)
+            broken = 0 if finite else broken + 1
+            if broken == MOST_SKIPPED:
+                raise self._not_a_number(done.number, done.rows, loss=loss, norm=norm, lr=done.rate)
+
+        for number, rows in list(enumerate(self.steps, start=1))[len(history) :]:
             rate = schedule.get_last_lr()[0]
-            summed, count = self._gradients(model, base, rows, graphs)
-            norm = float(self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf))
-            loss = float(self.accelerator.reduce(summed)) / count
-            self._refuse_not_finite(loss, norm, rows=rows, step=number)
-            optimizer.step()
+            loop, summed, count = loop._fitting(model, base, rows, optimizer, graphs)
+            norm = self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf)
+            done = _Done(number, rows, rate, count, self.accelerator.reduce(summed), norm)
+            if late:
+                optimizer.optimizer.found_inf = done.broken()  # the fused kernel then leaves the weights alone
+                optimizer.step()
+            else:
+                done.skipped = self._step(optimizer, weights, done)
             self.method.after_step(base, number)
             if graphs:
                 graphs.zero()
             else:
                 optimizer.zero_grad()
             schedule.step()
-            clock.add(sum(len(self.examples[row].ids) for row in rows))
-            line = {"step": number, "num_steps": len(self.steps), "loss": loss, "lr": rate, "gradient_norm": norm}
-            line |= {"tokens_per_second": clock.rate(), "seconds": clock.seconds, "num_tokens": clock.num_tokens}
-            if number in validations:
-                with clock.paused():
-                    line["valid_loss"] = validate(model)
-            record(line)
+            if waiting:
+                finish(waiting)
+            waiting = done
+            if not late or number in validations or number == len(self.steps) or (keeper and keeper.due()):
+                finish(waiting)
+                waiting = None
+                if keeper:
+                    with clock.paused():
+                        keeper.after(number, moving)
         return base
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -160,10 +227,81 @@ class Loop:
                 self.accelerator.backward(loss * (ranks / count) + penalty)
         return summed, count
 
-    def _refuse_not_finite(self, loss: float, norm: float, *, rows: Sequence[int], step: int) -> None:
-        """Under float16 a gradient may overflow: its scaler skips that step."""
-        if not math.isfinite(loss) or (not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; rows {list(rows)[:8]}")
+    def _fitting(
+        self, model: Any, base: Any, rows: Sequence[int], optimizer: Any, graphs: Graphs | None
+    ) -> tuple[Loop, Tensor, int]:
+        """`_gradients`, with batches halved until they fit into memory; and the loop that goes on with such batches."""
+        loop, device, drawn = self, self.accelerator.device, torch.get_rng_state()
+        drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        while True:
+            try:
+                return loop, *loop._gradients(model, base, rows, graphs)
+            except RuntimeError as error:
+                # Of several processes only one may run out, and the others wait for its gradients.
+                if not out_of_memory(error) or self.accelerator.num_processes > 1:
+                    raise
+                said = str(error)
+            optimizer.zero_grad()
+            free()
+            loop = loop._halved(rows, said=said)
+            torch.set_rng_state(drawn)
+            if drawn_there is not None:
+                torch.cuda.set_rng_state(drawn_there, device)
+
+    def _halved(self, rows: Sequence[int], *, said: str) -> Loop:
+        """The loop with batches half as large as this step's largest; raises when every row is alone already."""
+        sizes = [(_num_rows(batch), batch.ids.numel()) for batch in self._share(rows)]
+        largest = max((size for num_rows, size in sizes if num_rows > 1), default=0)
+        if not largest:
+            raise too_much(max(size for _, size in sizes), doing="training:", said=said)
+        log.warning("out of memory: batches of several rows have at most %d tokens from now on", largest // 2)
+        return self._bounded(largest // 2, halvings=self.feeder.halvings + 1)
+
+    def _bounded(self, max_tokens: int, *, halvings: int) -> Loop:
+        return replace(self, feeder=replace(self.feeder, max_tokens=max_tokens, halvings=halvings))
+
+    def _as_after(self, history: Sequence[Line]) -> Loop:
+        """The loop with batches as small as they became in the steps that are done."""
+        if not history or "micro_batch_tokens" not in history[-1]:
+            return self
+        return self._bounded(history[-1]["micro_batch_tokens"], halvings=history[-1]["micro_batch_halvings"])
+
+    def _limit(self) -> dict[str, int | None]:
+        """What a line of steps.jsonl says of it."""
+        feeder = self.feeder
+        if not feeder.halvings:
+            return {}
+        return {"micro_batch_tokens": feeder.max_tokens, "micro_batch_halvings": feeder.halvings}
+
+    def _step(self, optimizer: Any, weights: Sequence[nn.Parameter], done: _Done) -> bool:
+        """Move the weights, unless loss or gradient are no numbers: was the step skipped?
+
+        Under float16 a gradient may overflow, and its scaler skips the step.
+        """
+        loss, norm = done.numbers()
+        scaled = self.accelerator.scaler is not None
+        finite = math.isfinite(loss) and (scaled or math.isfinite(norm))
+        if finite or scaled:
+            optimizer.step()
+        skipped = not finite or bool(optimizer.step_was_skipped)
+        if skipped:
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.zero_()  # AdaLoRA averages gradients after each step
+        return skipped
+
+    def _guarded(self, optimizer: Any) -> bool:
+        """Can the device itself leave out a step that is no number, so that nobody waits for it?"""
+        fused = optimizer.optimizer.defaults.get("fused") is True
+        return fused and type(self.method).after_step is Method.after_step
+
+    def _not_a_number(self, step: int, rows: Sequence[int], *, loss: float, norm: float, lr: float) -> Exception:
+        names = ", ".join(str(self.ids[row]) if self.ids else str(row) for row in rows[:8])
+        return FloatingPointError(
+            f"step {step}: loss {loss}, gradient norm {norm}, learning rate {lr:g}, rows {names}; steps "
+            f"{step - MOST_SKIPPED + 1} to {step} were skipped for this: a smaller optim.lr or another model.precision "
+            "may help"
+        )
 
     def _graphs(self, base: Any, weights: Sequence[nn.Parameter]) -> Graphs | None:
         """The plan's packs as graphs, where the device has them and the run earns them back."""
@@ -175,7 +313,7 @@ class Loop:
         parts = [part for rows in self.steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
         layers = blocks(base.get_base_model() if hasattr(base, "get_base_model") else base)
-        step = way(self.step, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
+        step = way(self.way, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
         if step == "eager":
             return None
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
@@ -232,18 +370,34 @@ def _bounded(examples: Sequence[Example], *, limit: int) -> Iterator[list[Exampl
         yield found
 
 
+def _bounded_rows(examples: Sequence[Example], *, limit: int | None) -> Iterator[Sequence[Example]]:
+    """Rows sorted by length, cut so that a padded batch of several is of bounded size."""
+    size = len(examples) if limit is None else max(1, limit // len(examples[-1].ids))
+    return (examples[i : i + size] for i in range(0, len(examples), size))
+
+
+def _num_rows(batch: Batch) -> int:
+    return len(batch.ids) if batch.bounds is None else len(batch.bounds) - 1
+
+
+def _broken_at_the_end(history: Sequence[Line]) -> int:
+    """Steps in a row, the last included, whose loss or gradient was no number."""
+    lines = itertools.takewhile(lambda line: line["loss"] is None, reversed(history))
+    return sum(1 for _ in lines)
+
+
 def _spaced(count: int, num_steps: int) -> set[int]:
     """Evenly spaced step numbers, the last included."""
     return {round(num_steps * (i + 1) / count) for i in range(count)} - {0}
 
 
 class _Clock:
-    """Seconds of training alone, and real tokens per second over the last twenty steps."""
+    """Seconds of training alone, and real tokens per second over the last twenty steps; goes on after `history`."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, history: Sequence[Line] = ()) -> None:
+        self.marks: list[tuple[float, int]] = [(0.0, 0), *((x["seconds"], x["num_tokens"]) for x in history)]
+        self.start = time.perf_counter() - self.marks[-1][0]
         self.idle = 0.0
-        self.marks: list[tuple[float, int]] = [(0.0, 0)]
 
     @property
     def seconds(self) -> float:

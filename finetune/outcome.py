@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -22,16 +23,23 @@ def lines(rows: Sequence[Row], replies: Sequence[Reply], *, template: int = 0) -
 
 
 def losses(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Training loss over the last twenty steps; validation loss at the end and at its best."""
-    if not history:
-        return {}
-    last = [line["loss"] for line in history[-20:]]
-    measured = [(line["valid_loss"], line["step"]) for line in history if "valid_loss" in line]
-    found: dict[str, Any] = {"train": fmean(last)}
+    """Training loss over the last twenty steps; validation loss at the end and at its best. Null is no number."""
+    last = [line["loss"] for line in history[-20:] if line["loss"] is not None]
+    measured = [(line["valid_loss"], line["step"]) for line in history if line.get("valid_loss") is not None]
+    found: dict[str, Any] = {"train": fmean(last)} if last else {}
     if measured:
         best, step = min(measured)
         found |= {"valid": measured[-1][0], "best_valid": best, "best_step": step}
     return found
+
+
+def finite(value: Any) -> Any:
+    """The value with null where a number is not finite: JSON has no other word for it."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rewording(predictions: Sequence[Line]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -51,14 +52,15 @@ class Progress:
             return
         if name not in self.cells:
             self.cells[name] = self.bars.add_task(escape(name.partition("/")[2]), total=None, note="")
-        step: dict[str, float] = {}
+        step: dict[str, Any] = {}
         with contextlib.suppress(ValueError, IndexError):
             step = json.loads(runs.tail(run / "steps.jsonl", 1)[-1])
         line = next(reversed(runs.tail(run / "run.log", 1)), "")
         total = step.get("num_steps")
         note = line[:80]
         if step and step["step"] < step["num_steps"]:
-            note = f"loss {step['loss']:.3f}  {step['tokens_per_second']:.0f} tokens/s"
+            loss = "skipped" if step["loss"] is None else f"loss {step['loss']:.3f}"
+            note = f"{loss}  {step['tokens_per_second']:.0f} tokens/s"
         self.bars.update(self.cells[name], total=total, completed=step.get("step", 0), note=note)
 
     def advance(self, name: str, outcome: str) -> None:

@@ -100,9 +100,11 @@ def release(run: Path) -> None:
 
 
 def clear(run: Path) -> None:
-    """Remove what an interrupted attempt left, so that the next starts from nothing; the log and failures stay."""
-    for name in ("steps.jsonl", "predictions.jsonl", "environment.json", "unsupported.json"):
+    """Remove results of an earlier attempt that the next one does not need; what it goes on from stays."""
+    for name in ("predictions.jsonl", "unsupported.json"):
         (run / name).unlink(missing_ok=True)
+    for part in run.glob(".*.json*.[0-9]*"):  # half-written files of a process that was killed
+        part.unlink(missing_ok=True)
 
 
 def fail(run: Path, *, kind: str, message: str) -> None:

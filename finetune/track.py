@@ -29,7 +29,8 @@ class Tracker:
             "valid_loss": "valid/loss",
             "gradient_norm": "train/gradient_norm",
         }
-        values = {names.get(k, f"train/{k}"): v for k, v in line.items() if k not in ("step", "num_steps")}
+        shown = {k: v for k, v in line.items() if k not in ("step", "num_steps") and v is not None}
+        values = {names.get(k, f"train/{k}"): v for k, v in shown.items()}
         self._try(lambda: self.run.log(values, step=line["step"]))
 
     def finish(self, scores: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> None:

@@ -19,22 +19,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from accelerate.utils import set_seed
 
 from finetune import checks, general, outcome, runs
 from finetune import config as settings
-from finetune.answers import decoding, predict_rows
+from finetune.answers import Answering, decoding
 from finetune.data.batches import plan
 from finetune.environment import peak_memory_gib, usable_precision
 from finetune.job import Job, base_of, load_job
 from finetune.launch import die_with_parent
 from finetune.loop import Loop, mean_loss
+from finetune.memory import out_of_memory
 from finetune.methods.build import build
 from finetune.models.load import Base
 from finetune.probe import Probe, State, Subject
+from finetune.resume import Keeper, refuse_small_disk
 from finetune.scores import aggregate
+from finetune.stop import STATUS, Stop, Stopped
 from finetune.track import Tracker
 
 log = logging.getLogger("finetune")
@@ -43,8 +45,8 @@ PROBE_ROWS = 8  # validation rows of which the checks compare logits and answers
 LOSS_ROWS = 16  # training rows of which they compare the loss
 
 
-def train(run: Path) -> None:
-    """Load, tune, predict, score; scores.json comes last."""
+def train(run: Path, stop: Stop) -> None:
+    """Load, tune, predict, score; scores.json comes last. What an earlier process left is gone on with."""
     began = time.perf_counter()
     config = runs.read_config(run)
     job = load_job(run, config)
@@ -57,30 +59,34 @@ def train(run: Path) -> None:
     base_states, base_seconds = _measured(job, probe, job.base.model)
     model, counts = _attach(job, num_steps=len(steps))
     start_states, start_seconds = _measured(job, probe, model)
-    model, history = _tune(job, model, steps, tracker)
+    keeper = _keeper(job, num_steps=len(steps), stop=stop)
+    answering = Answering(job, model, stop)
+    history = _tune(job, model, steps, tracker, keeper)
     if job.main:
         _save(job, model)
     forgetting = general_loss | _general_loss(job, model, key="tuned")
     started = time.perf_counter()
-    predictions = predict_rows(job, model)
+    predictions = answering.lines()
     predicted = time.perf_counter()
     own = {} if history or job.method.answers else {"valid": job.valid_loss(model)}
     checking = time.perf_counter()
     if job.main:
-        memory = peak_memory_gib(job.accelerator.device)
+        memory = max([peak_memory_gib(job.accelerator.device), *(line["peak_memory_gib"] for line in history)])
         subject = Subject(job.method, model, job.base.model)
         before = (*base_states, *start_states)
         found = checks.examine(probe, subject, before, reload=lambda: _reload(job), optim=config["optim"])
         now = time.perf_counter()
         seconds = {
-            "predict_seconds": predicted - started,
+            "predict_seconds": predicted - started + answering.earlier,
             "check_seconds": base_seconds + start_seconds + now - checking,
-            "total_seconds": now - began,
+            "total_seconds": now - began + keeper.earlier + answering.earlier,
         }
-        result = _result(job, predictions, history, cost={**counts, **seconds, "peak_memory_gib": memory})
-        result |= {"loss": outcome.losses(history) or own, "checks": found}
+        halvings = {"prediction_batch_halvings": answering.halvings}
+        result = _result(job, predictions, history, cost={**counts, **seconds, **halvings, "peak_memory_gib": memory})
+        result |= {"loss": outcome.losses(history) or own, "checks": found, "resumed": keeper.resumed()}
         result |= {"forgetting": forgetting} if forgetting else {}
-        runs.write_json(run / "scores.json", result)
+        runs.write_json(run / "scores.json", outcome.finite(result))
+        keeper.forget()
         tracker.finish(result, predictions)  # an upload may take long, and is only a copy
         log.info("done in %.1f s: ROUGE-1 %.1f", now - began, result["scores"]["mean"]["rouge-1"])
 
@@ -106,23 +112,39 @@ def _attach(job: Job, *, num_steps: int) -> tuple[Any, dict[str, Any]]:
     return model, _count(model, job.base, before=before, learnt=learnt)
 
 
-def _tune(job: Job, model: Any, steps: Sequence[Sequence[int]], tracker: Tracker) -> tuple[Any, list[dict[str, Any]]]:
-    """Train, with a line of steps.jsonl for every step; the tuned model and those lines."""
-    history: list[dict[str, Any]] = []
+def _keeper(job: Job, *, num_steps: int, stop: Stop) -> Keeper:
+    """What this run goes on from, and keeps."""
+    minutes = job.config["launch"]["checkpoint_minutes"]
+    return Keeper(job.run, accelerator=job.accelerator, num_steps=num_steps, minutes=minutes, stop=stop)
+
+
+def _tune(
+    job: Job, model: Any, steps: Sequence[Sequence[int]], tracker: Tracker, keeper: Keeper
+) -> list[dict[str, Any]]:
+    """Train, with a line of steps.jsonl for every step; those lines, also of earlier processes."""
 
     def record(line: dict[str, Any]) -> None:
         line["peak_memory_gib"] = peak_memory_gib(job.accelerator.device)
-        history.append(line)
+        line = outcome.finite(line)
         if job.main:
             runs.append_lines(job.run / "steps.jsonl", [line])
-            tracker.step(line)
+            resumed = keeper.history if len(keeper.history) == keeper.num_resumed else ()
+            for shown in (*resumed, line):  # the tracker's run is a new one
+                tracker.step(shown)
+        keeper.history.append(line)
 
-    if steps:
-        lr = settings.learning_rate(job.config)
-        loop = Loop(job.method, job.accelerator, job.feeder, job.train_rows, steps, job.config["optim"], lr)
-        model = loop.run(model, validate=job.valid_loss, record=record)
-        log.info("trained %d steps in %.1f s, loss %.3f", len(steps), history[-1]["seconds"], history[-1]["loss"])
-    return model, history
+    if not steps:
+        keeper.begin_without_steps()
+        return []
+    refuse_small_disk(job.run, model)
+    lr, ids = settings.learning_rate(job.config), [row.id for row in job.split.train]
+    loop = Loop(job.method, job.accelerator, job.feeder, job.train_rows, steps, job.config["optim"], lr, ids)
+    with keeper.stop.held():
+        loop.run(model, validate=job.valid_loss, record=record, keeper=keeper)
+    last = keeper.history[-1]
+    loss = "no number" if last["loss"] is None else f"{last['loss']:.3f}"
+    log.info("trained %d steps in %.1f s, loss %s", len(steps), last["seconds"], loss)
+    return keeper.history
 
 
 def _save(job: Job, model: Any) -> None:
@@ -195,8 +217,10 @@ def _result(
             "train_seconds": last["seconds"],
             "tokens_per_second": last["num_tokens"] / last["seconds"] if history else 0.0,
             "adapter_mb": sum(file.stat().st_size for file in files) / 1e6,
+            "micro_batch_halvings": last.get("micro_batch_halvings", 0),
         },
         "num_steps": len(history),
+        "skipped_steps": sum("skipped" in line for line in history),
     }
 
 
@@ -227,33 +251,43 @@ def _count(model: Any, base: Base, *, before: set[int], learnt: int) -> dict[str
 def _kind(error: BaseException) -> str:
     """The kind of failure.json that an error is."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         return "out of memory"
     if isinstance(error, FloatingPointError):
         return "not-a-number"
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "inline_container" in text or "No space left" in text:  # how torch and safetensors say it
         return "no space"
     return "error"
 
 
 def main(run: Path) -> None:
-    """Run a folder; a failure is written into it and exits with status 1."""
+    """Run a folder; a failure is written into it and exits with status 1, a polite end with 75."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # libraries' deprecations; what a person must know is logged
+    stop = Stop()
     try:
-        train(run)
-    except Exception as error:
-        if not isinstance(error, ValueError):
-            traceback.print_exc()
-        message = " ".join(f"{error}".split()) or type(error).__name__
-        if _kind(error) == "no space":
-            message = f"no space left for {run}: {message}"
-        print(f"{type(error).__name__}: {message}", flush=True)
-        runs.fail(run, kind=_kind(error), message=message[:2000])
+        stop.listen()
+        train(run, stop)
+    except (Stopped, Exception) as error:
+        if stop.asked:  # of several processes one may see the others' end first, as an error
+            log.info("stopped as asked; the same command goes on")
+            sys.exit(STATUS)
+        _fail(run, error)
         sys.exit(1)
+
+
+def _fail(run: Path, error: BaseException) -> None:
+    """failure.json, and the last lines of run.log."""
+    if not isinstance(error, ValueError):
+        traceback.print_exception(error)
+    message = " ".join(f"{error}".split()) or type(error).__name__
+    if _kind(error) == "no space":
+        message = f"no space left for {run}: {message}"
+    print(f"{type(error).__name__}: {message}", flush=True)
+    runs.fail(run, kind=_kind(error), message=message[:2000])
 
 
 if __name__ == "__main__":

@@ -81,11 +81,11 @@ class Method(ABC):
         return None
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs and no state dict holds."""
+        """What steps change beside parameters that require gradients and buffers: numbers, texts, tensors, nested."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
+        """Put a `state` back, its tensors on the CPU, after `attach`."""
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the trained weights as safetensors."""

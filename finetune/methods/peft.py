@@ -19,6 +19,7 @@ EMBEDDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)  # virtual tokens that ar
 # LoRA starts that take a part out of the base's weights and put it into A and B, and do not give it back.
 MOVING = ("pissa", "olora", "loftq")
 RANDOM = (PeftType.UNILORA, PeftType.VBLORA)  # their factors are small at the start, but not 0
+IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # AdaLoRA's, by parameter: plain dicts of its rank allocator
 COPYING = (PeftType.LN_TUNING, PeftType.SHADOW)  # train copies of the base's modules, in the base's precision
 
 
@@ -93,6 +94,7 @@ class AdaLora(Method):
             raise ValueError(f"tinit={tinit} and tfinal={tfinal} are shares of the steps and must sum to less than 1")
         self.shares = (tinit, tfinal)
         self.weight = orth_reg_weight
+        self.model: Any = None
         self.arguments = arguments
         AdaLoraConfig(total_step=10, tinit=1, tfinal=1, **arguments)  # refuses what PEFT does not know
 
@@ -105,7 +107,20 @@ class AdaLora(Method):
             "tfinal": tfinal,
             "orth_reg_weight": self.weight,
         }
-        return get_peft_model(model, AdaLoraConfig(**schedule, **self.arguments))
+        self.model = get_peft_model(model, AdaLoraConfig(**schedule, **self.arguments))
+        return self.model
+
+    def state(self) -> dict[str, Any]:
+        """Importances, their averages, and the ranks that are kept."""
+        averages = {name: getattr(self.model.base_model.rankallocator, name) for name in IMPORTANCES}
+        return {**averages, "rank_pattern": self.model.peft_config["default"].rank_pattern}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo `state`."""
+        for name in IMPORTANCES:
+            tensors = {key: tensor.to(self.model.device) for key, tensor in state[name].items()}
+            setattr(self.model.base_model.rankallocator, name, tensors)
+        self.model.peft_config["default"].rank_pattern = state["rank_pattern"]
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Mean of |P^T P - I| + |Q Q^T - I| over the layers' factors (eq. 4); PEFT adds it to its own loss only."""
