@@ -152,6 +152,7 @@ class Launch(Section):
     jobs: Annotated[int, Field(ge=1, le=1024)] | None
     device: Literal["auto", "cpu", "cuda"]
     checkpoint_minutes: Annotated[float, Field(ge=0)]
+    step: Literal["auto", "eager", "graph", "compiled"]
 
 
 class Evaluate(Section):

@@ -7,7 +7,7 @@ therefore filled up to a few sizes known from the plan, and what runs on each is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,7 +104,7 @@ def way(asked: str, *, num_packs: int, num_buckets: int, num_layers: int) -> str
 
 
 @contextlib.contextmanager
-def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
+def compiled(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within, the layers are compiled."""
     for layer in layers:
         layer.compile()
@@ -119,9 +119,16 @@ class Graphs:
     """Adds a pack's gradients to the weights' `.grad` and returns its summed loss, by replaying a graph."""
 
     def __init__(
-        self, shapes: Shapes, *, loss: Callable[[Batch], Tensor], weights: Sequence[nn.Parameter], device: torch.device
+        self,
+        shapes: Shapes,
+        *,
+        way: str,
+        loss: Callable[[Batch], Tensor],
+        weights: Sequence[nn.Parameter],
+        device: torch.device,
     ) -> None:
         self.shapes = shapes
+        self.way = way
         self.loss = loss
         self.weights = weights
         self.scale = torch.ones((), device=device)

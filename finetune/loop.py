@@ -101,7 +101,7 @@ class _Done:
     rate: float
     count: int  # supervised tokens
     summed: Tensor  # loss
-    norm: Tensor  # of the gradient
+    norm: Tensor | float  # of the gradient
     skipped: bool = False
 
     def numbers(self) -> tuple[float, float]:
@@ -110,7 +110,7 @@ class _Done:
 
     def broken(self) -> Tensor:
         """1.0 if one of them is no number, else 0.0."""
-        return 1.0 - (self.summed.isfinite() & self.norm.isfinite()).float()
+        return 1.0 - (self.summed.isfinite() & torch.as_tensor(self.norm).isfinite()).float()
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Loop:
             clock.add(sum(len(self.examples[row].ids) for row in done.rows))
             line = {"step": done.number, "num_steps": len(self.steps), "loss": loss if finite else None}
             line |= {"lr": done.rate, "gradient_norm": norm, "tokens_per_second": clock.rate()}
-            line |= {"seconds": clock.seconds, "num_tokens": clock.num_tokens}
+            line |= {"seconds": clock.seconds, "num_tokens": clock.num_tokens, "way": graphs.way if graphs else "eager"}
             line |= {**({"skipped": True} if done.skipped or not finite else {}), **loop._limit()}
             if done.number in validations:
                 with clock.paused():
@@ -308,23 +308,32 @@ class Loop:
         device = self.accelerator.device
         if device.type != "cuda" or not self.feeder.packed or self.accelerator.num_processes > 1:
             return None
-        if self.accelerator.mixed_precision == "fp16" or self.optim.get("neftune_alpha"):
-            return None
+        if self.accelerator.mixed_precision != "bf16" or self.optim.get("neftune_alpha"):
+            return None  # float32 has no attention by row bounds, float16's loss is scaled, NEFTune's noise is a hook
         parts = [part for rows in self.steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
         layers = blocks(base.get_base_model() if hasattr(base, "get_base_model") else base)
-        step = way(self.way, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
-        if step == "eager":
+        how = way(self.way, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
+        if how == "eager":
             return None
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
 
         def loss(batch: Batch) -> Tensor:
-            with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
                 return summed_loss(base, batch)
 
-        graphs = Graphs(shapes, loss=loss, weights=weights, device=device)
-        with packing(base), compiled(layers) if step == "compiled" else contextlib.nullcontext():
-            graphs.capture()
+        began = time.perf_counter()
+        try:
+            graphs = Graphs(shapes, way=how, loss=loss, weights=weights, device=device)
+            with packing(base), compiled(layers) if how == "compiled" else contextlib.nullcontext():
+                graphs.capture()
+        except RuntimeError as error:  # also out of memory: the eager step needs less, and can halve its batches
+            log.warning("steps are not captured as CUDA graphs: %s", str(error).splitlines()[0])
+            for weight in weights:
+                weight.grad = None
+            free()
+            return None
+        seconds = time.perf_counter() - began
+        log.info("%d CUDA graphs (%s) in %.1f s", len(shapes.rooms), how, seconds)
         return graphs
 
     def _packs(self, rows: Sequence[int]) -> list[list[Example]]:

@@ -138,7 +138,8 @@ def _tune(
         return []
     refuse_small_disk(job.run, model)
     lr, ids = settings.learning_rate(job.config), [row.id for row in job.split.train]
-    loop = Loop(job.method, job.accelerator, job.feeder, job.train_rows, steps, job.config["optim"], lr, ids)
+    data = (job.feeder, job.train_rows, steps)
+    loop = Loop(job.method, job.accelerator, *data, job.config["optim"], lr, ids, job.config["launch"]["step"])
     with keeper.stop.held():
         loop.run(model, validate=job.valid_loss, record=record, keeper=keeper)
     last = keeper.history[-1]
@@ -216,6 +217,7 @@ def _result(
             **cost,
             "train_seconds": last["seconds"],
             "tokens_per_second": last["num_tokens"] / last["seconds"] if history else 0.0,
+            **({"way": last["way"]} if history else {}),
             "adapter_mb": sum(file.stat().st_size for file in files) / 1e6,
             "micro_batch_halvings": last.get("micro_batch_halvings", 0),
         },

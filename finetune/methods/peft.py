@@ -78,7 +78,9 @@ class Peft(Method):
 
 def _embeddings(wrapper: Any) -> Tensor:
     """Prompt tuning's and P-tuning's (virtual tokens, hidden), computed as they are saved: in float32."""
-    with torch.autocast(wrapper.device.type, enabled=False):
+    device, tokens = wrapper.device, wrapper.prompt_tokens
+    tokens["default"] = tokens["default"].to(device)  # PEFT copies them in every pass, which no CUDA graph can
+    with torch.autocast(device.type, enabled=False):
         found: Tensor = wrapper.get_prompt(batch_size=1)[0]
     return found
 

@@ -1,0 +1,86 @@
+"""Filled packs give what packs give; on a GPU, replayed graphs give what eager steps give."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import PACKED, tiny_base
+from grid import attach, make
+
+from finetune.data.batches import pack, plan, supervised
+from finetune.graphs import IGNORED, Shapes, Size, way
+from finetune.loop import Feeder, Loop, summed_loss
+from finetune.models.attention import packing
+
+METHODS = ("lora", "adapter", "full", "llama_adapter", "prefix", "prompt")
+OPTIM = {
+    "optimizer": {"_target_": "torch.optim.AdamW", "weight_decay": 0.0},
+    **{"schedule": "constant", "warmup": 0.0, "accumulation": 2, "max_grad_norm": 1.0, "loss_on": "target"},
+    "validations": 2,
+}
+
+
+def size(rows):
+    return Size(sum(len(row.ids) for row in rows), len(rows), sum(len(supervised(r, loss_on="target")) for r in rows))
+
+
+def loss_and_gradients(method, base, batch):
+    model = attach(make(method, "qwen2"), base)
+    with packing(model.get_base_model() if hasattr(model, "get_base_model") else model):
+        loss = summed_loss(model, batch)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_filled_pack_has_the_same_loss_and_gradients(method, architecture, examples):
+    batch = pack(examples)
+    filled = Shapes.of([size(examples), size(examples[:3])], longest=40).fill(batch)
+    assert filled.ids.shape[1] > batch.ids.shape[1]
+    loss, gradients = loss_and_gradients(method, tiny_base(architecture), batch)
+    again, others = loss_and_gradients(method, tiny_base(architecture), filled)
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_rooms_hold_every_pack_of_the_plan(examples):
+    parts = [examples[i:j] for i in range(12) for j in range(i + 1, 13)]
+    shapes = Shapes.of([size(part) for part in parts], longest=40)
+    for part in parts:
+        filled = shapes.fill(pack(part))
+        room = shapes.rooms[filled.ids.shape[1]]
+        assert filled.bounds.shape == (room.rows + 1,)
+        assert filled.kept.shape == filled.labels.shape == (room.kept,)
+        assert int((filled.labels != IGNORED).sum()) == size(part).kept
+        assert filled.bounds[-1] == filled.ids.shape[1]
+        assert int(filled.bounds.diff().max()) <= filled.longest
+        empty = shapes.empty(filled.ids.shape[1])
+        assert empty.bounds.shape == filled.bounds.shape
+
+
+@pytest.mark.parametrize(
+    ("num_packs", "found"), [(4, "eager"), (200, "graph"), (5000, "compiled")], ids=["short", "longer", "long"]
+)
+def test_the_longer_the_run_the_more_is_prepared(num_packs, found):
+    assert way("auto", num_packs=num_packs, num_buckets=6, num_layers=24) == found
+    assert way("eager", num_packs=num_packs, num_buckets=6, num_layers=24) == "eager"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", ["graph", "compiled"])
+@pytest.mark.parametrize("method", [*METHODS, "adalora", "delta_lora", "dora", "ptuning"])
+def test_replayed_steps_are_the_eager_ones(method, how, examples):
+    def losses(way):
+        accelerator = Accelerator(mixed_precision="bf16")
+        feeder = Feeder(packed=True, pad_id=0, loss_on="target", device=accelerator.device)
+        steps = plan(len(examples), epochs=4, batch_rows=4, max_steps=None, seed=1)
+        found = make(method, "qwen2")
+        model = attach(found, tiny_base("qwen2").cuda(), num_steps=len(steps)).cuda()
+        loop = Loop(found, accelerator, feeder, examples, steps, OPTIM, 1e-3, way=way)
+        lines = []
+        loop.run(model, validate=lambda _: 0.0, record=lines.append)
+        assert {line["way"] for line in lines} == {way}
+        return [line["loss"] for line in lines]
+
+    assert losses(how) == pytest.approx(losses("eager"), rel=5e-3)  # bfloat16 has eight bits
