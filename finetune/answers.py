@@ -43,6 +43,7 @@ def decoding(job: Job) -> evaluate.Decoding:
         end_ids=job.base.end_ids,
         pad_id=job.base.tokenizer.pad_token_id,
         padding_side=options["padding_side"],
+        in_places=job.feeder.packed,
     )
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from finetune.data.batches import Example
+from finetune.greedy import greedy
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Decoding:
     end_ids: Sequence[int]
     pad_id: int
     padding_side: str = "left"
+    in_places: bool = False  # by finetune.greedy, which the base and the method must allow; else by `generate`
 
 
 @torch.no_grad()
@@ -47,17 +50,25 @@ def predict(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) ->
         ids = [torch.tensor(prompts[n], device=model.device) for n in numbers]
         inputs = pad_sequence(ids, True, decoding.pad_id, decoding.padding_side)  # (rows, longest)
         mask = pad_sequence([torch.ones_like(part) for part in ids], True, 0, decoding.padding_side)
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=mask,
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(decoding.end_ids),
-            pad_token_id=decoding.pad_id,
-            use_cache=True,
-        )
-        new = output[:, inputs.shape[1] :]
+        new = _new_tokens(model, inputs, mask, decoding)
         yield [_answer(n, tokens, set(decoding.end_ids)) for n, tokens in zip(numbers, new.tolist(), strict=True)]
+
+
+def _new_tokens(model: Any, ids: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
+    """(rows, new) tokens that follow the prompts (rows, tokens)."""
+    if decoding.in_places and decoding.padding_side == "left":
+        end = {"end_ids": decoding.end_ids, "pad_id": decoding.pad_id}
+        return greedy(model, ids, mask, max_new_tokens=decoding.max_new_tokens, **end)
+    output: Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(decoding.end_ids),
+        pad_token_id=decoding.pad_id,
+        use_cache=True,
+    )
+    return output[:, ids.shape[1] :]
 
 
 def _answer(number: int, ids: list[int], ends: set[int]) -> Answer:

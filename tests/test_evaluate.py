@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_base
+from conftest import ARCHITECTURES, PACKED, tiny_base
 
 from finetune.evaluate import Decoding, answer_limit, predict
 from finetune.methods.build import build
@@ -21,8 +21,8 @@ METHODS = {
 }
 
 
-def answers(model, prompts, *, batch_rows):
-    decoding = Decoding(max_new_tokens=12, batch_rows=batch_rows, end_ids=[2], pad_id=0)
+def answers(model, prompts, *, batch_rows, end_ids=(2,), in_places=False):
+    decoding = Decoding(max_new_tokens=12, batch_rows=batch_rows, end_ids=end_ids, pad_id=0, in_places=in_places)
     found = {a.number: (a.ids, a.finish_reason) for batch in predict(model, prompts, decoding) for a in batch}
     return [found[n] for n in range(len(prompts))]
 
@@ -45,6 +45,22 @@ def test_answers_do_not_depend_on_the_batch_size(architecture, method, examples)
         logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -len(ids) - 1 : -1]
         assert logits.argmax(-1).tolist() == ids
     assert len({tuple(ids) for ids, _ in alone}) > 3
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_in_places_are_those_of_generate(architecture, method, examples):
+    built = build({"name": method, "adapter": METHODS[method]})
+    torch.manual_seed(0)
+    model = built.attach(tiny_base(architecture, seed=1), tokenizer=None, num_steps=1, train_rows=())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    prompts, ends = [e.ids for e in examples], range(2, 18)  # so many that rows end at many steps
+    found = answers(model, prompts, batch_rows=5, end_ids=ends, in_places=True)
+    assert found == answers(model, prompts, batch_rows=5, end_ids=ends)
+    assert {reason for _, reason in found} == {"stop", "length"}
+    assert len({len(ids) for ids, _ in found}) > 3
 
 
 def test_an_answer_ends_before_its_end_token(examples):

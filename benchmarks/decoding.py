@@ -1,0 +1,80 @@
+"""How fast are answers generated? Prompts of 200 tokens, 64 new ones, random weights of Qwen2.5-0.5B's shape, bfloat16.
+
+    python -m benchmarks.decoding --rows 8,64,256,512
+
+`generate` is transformers' own, greedy; with LoRA beside the weights, and merged into them. `places` is
+finetune.greedy, for both. All in one process, the second of two runs each; first tokens that differ are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.training import SHAPES, base, lora
+from finetune.greedy import greedy
+
+PROMPT, NEW = 200, 64
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", default="8,64,256,512")
+    parser.add_argument("--shape", default="0.5B")
+    args = parser.parse_args()
+    model = lora(base(args.shape, dtype=torch.bfloat16)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.01)
+    print("| rows | decoder | weights | new tokens/s | rows equal to generate's |\n|--:|---|---|--:|--:|")
+    merged: Any = None
+    for weights in ("beside", "merged"):
+        if weights == "merged":
+            merged = model.merge_and_unload()
+        network = merged or model
+        for count in map(int, args.rows.split(",")):
+            ids = torch.randint(5, SHAPES[args.shape]["vocab_size"], (count, PROMPT), device=network.device)
+            reference: Tensor | None = None
+            for name, decode in (("generate", _generate), ("places", _places)):
+                new, rate = _timed(decode, network, ids)
+                reference = new if reference is None else reference
+                equal = int((new == reference).all(dim=1).sum())
+                print(f"| {count} | {name} | {weights} | {rate:.0f} | {equal} |", flush=True)
+
+
+def _timed(decode: Callable[[Any, Tensor], Tensor], network: Any, ids: Tensor) -> tuple[Tensor, float]:
+    for _ in range(2):
+        began = _now()
+        new = decode(network, ids)
+        seconds = _now() - began
+    return new, new.numel() / seconds
+
+
+@torch.no_grad()
+def _generate(network: Any, ids: Tensor) -> Tensor:
+    mask = torch.ones_like(ids)
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    found: Tensor = network.generate(input_ids=ids, attention_mask=mask, **how)
+    return found[:, PROMPT:]
+
+
+@torch.no_grad()
+def _places(network: Any, ids: Tensor) -> Tensor:
+    return greedy(network, ids, torch.ones_like(ids), max_new_tokens=NEW, end_ids=[-1], pad_id=0)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

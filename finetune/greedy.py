@@ -1,0 +1,154 @@
+"""Greedy decoding with keys and values at fixed places: finished rows leave, and on a GPU a step is a CUDA graph.
+
+The first pass is the model's own, with its own cache, so that whatever a method puts before a row is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+LEAVE = 0.75  # finished rows leave when at most this share is still at work
+# A GPU is asked for the finished rows every few steps, and a new number of rows is a new graph: below this it saves none.
+LOOK, LEAVE_CUDA, MIN_ROWS_CUDA = 8, 0.5, 64
+
+
+class Places:
+    """A cache of a fixed size: `update` writes one token's keys and values at `place`."""
+
+    def __init__(self, cache: DynamicCache, *, num_new: int) -> None:
+        """Room for `num_new` more tokens behind what `cache` holds."""
+        self.keys, self.values = ([_longer(x, num_new) for x in both] for both in _states(cache))
+        self.seen = self.num_places = self.keys[0].shape[2]  # how many of them attention looks at
+        self.place = torch.full((1,), self.num_places - num_new, device=self.keys[0].device)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows, heads, places, size) with those of the new token (rows, heads, 1, size)."""
+        found = self.keys[layer], self.values[layer]
+        for old, new in zip(found, (key, value), strict=True):
+            old.index_copy_(2, self.place, new.to(old.dtype))
+        return found[0][:, :, : self.seen], found[1][:, :, : self.seen]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Never 0: the first pass is over. Positions are given, so that nothing else depends on it."""
+        return self.num_places
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        self.keys, self.values = ([x.index_select(0, rows) for x in both] for both in (self.keys, self.values))
+
+
+def greedy(
+    model: Any, ids: Tensor, mask: Tensor, *, max_new_tokens: int, end_ids: Sequence[int], pad_id: int
+) -> Tensor:
+    """New tokens (rows, at most `max_new_tokens`) of left-padded prompts, `pad_id` after the end token.
+
+    As transformers' greedy `generate`; for bases that take a four-dimensional mask and position ids.
+    """
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    ).logits  # fmt: skip
+    state = _State(model, logits[:, -1].argmax(-1), cache, mask, max_new_tokens, end_ids=end_ids, pad_id=pad_id)
+    done = 1
+    step = state.step
+    while done < max_new_tokens and state.rows:
+        if ids.is_cuda and state.graph is None:
+            step = state.capture()
+        step()
+        done += 1
+        if not ids.is_cuda or done % LOOK == 0:
+            state.leave()
+    state.leave(all_rows=True)
+    return state.answers
+
+
+class _State:
+    """Rows at work, and the answers of all."""
+
+    def __init__(
+        self, model: Any, first: Tensor, cache: DynamicCache, mask: Tensor, num_new: int, *, end_ids: Any, pad_id: int
+    ) -> None:
+        self.model, self.pad_id, self.cuda = model, pad_id, first.is_cuda
+        self.ends = torch.tensor(list(end_ids), device=first.device)
+        self.cache = Places(cache, num_new=num_new)
+        self.num_before = self.cache.num_places - num_new - mask.shape[1]  # virtual tokens, which no mask counts
+        self.answers = torch.full((len(first), num_new), pad_id, device=first.device)
+        self.numbers = torch.arange(len(first), device=first.device)  # of the rows at work
+        self.said = self.answers.clone()  # by the rows at work
+        self.said[:, 0] = first
+        self.count = torch.ones(1, dtype=torch.long, device=first.device)
+        self.token = first[:, None].clone()
+        self.position = mask.sum(-1, keepdim=True)
+        self.mask = torch.cat([mask.bool(), mask.new_zeros(len(mask), num_new).bool()], dim=1)[:, None, None]
+        self.over = torch.isin(first, self.ends)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many are at work."""
+        return len(self.numbers)
+
+    def step(self) -> None:
+        """One more token for every row; all in place."""
+        if not self.cuda:
+            self.cache.seen = int(self.cache.place) + 1
+        self.mask.index_fill_(3, self.cache.place - self.num_before, True)
+        logits = self.model(
+            input_ids=self.token,
+            attention_mask=self.mask[..., : self.cache.seen - self.num_before],
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        new = logits[:, -1].argmax(-1).masked_fill(self.over, self.pad_id)
+        self.said.index_copy_(1, self.count, new[:, None])
+        self.over |= torch.isin(new, self.ends)
+        self.token.copy_(new[:, None])
+        for counter in (self.position, self.cache.place, self.count):
+            counter += 1
+
+    def leave(self, *, all_rows: bool = False) -> None:
+        """Write down what finished rows said, and go on without them if they are many."""
+        left = (~self.over).nonzero()[:, 0]
+        few = len(left) <= (LEAVE_CUDA if self.cuda else LEAVE) * self.rows
+        if not all_rows and len(left) and (not few or (self.cuda and self.rows <= MIN_ROWS_CUDA)):
+            return
+        self.answers[self.numbers] = self.said
+        self.numbers = self.numbers[left]
+        self.cache.keep(left)
+        for name in ("said", "token", "position", "mask", "over"):
+            setattr(self, name, getattr(self, name).index_select(0, left))
+        self.graph = None
+
+    def capture(self) -> Any:
+        """The step as a graph. What it changes is put back, because capturing it runs it first."""
+        kept = {name: getattr(self, name).clone() for name in ("said", "token", "position", "mask", "over", "count")}
+        place = self.cache.place.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+        for name, value in kept.items():
+            getattr(self, name).copy_(value)
+        self.cache.place.copy_(place)
+        return self.graph.replay
+
+
+def _states(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+    return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+
+
+def _longer(states: Tensor, num_new: int) -> Tensor:
+    """(rows, heads, tokens + num_new, size), zeros at the end."""
+    return torch.nn.functional.pad(states, (0, 0, 0, num_new))
