@@ -38,6 +38,7 @@ SHAPES = {  # of Qwen2.5
 }  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP = 8  # steps that no rate counts
+GROUPED = 50  # batches that transformers sorts by length together, longest first: only whole ones have a mean length
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def base(shape: str, *, dtype: torch.dtype) -> Any:
 class Meter:
     """Real tokens per second, measured between idle moments of the device."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, *, cycle: int = 1) -> None:
+        self.seconds, self.cycle = seconds, cycle  # only whole cycles of steps count
         self.began = time.perf_counter()
         self.start = 0.0
         self.steps = self.tokens = 0
@@ -97,7 +98,8 @@ class Meter:
             self.start_up = self.start - self.began
         elif self.steps > WARM_UP:
             self.tokens += num_tokens
-            if time.perf_counter() - self.start > self.seconds:
+            whole = (self.steps - WARM_UP) % self.cycle == 0
+            if whole and time.perf_counter() - self.start > self.seconds:
                 self.took = self._now() - self.start
                 return True
         return False
@@ -316,7 +318,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.inside:
         shape, who = args.inside
-        meter = Meter(args.seconds)
+        meter = Meter(args.seconds, cycle=GROUPED if who.startswith("trl-tuned") else 1)
         with contextlib.suppress(Over):
             CONTENDERS[who](shape, meter)
         print(json.dumps({"shape": shape, "who": who, **meter.result()}))
