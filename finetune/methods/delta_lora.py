@@ -27,8 +27,6 @@ class DeltaLora(Method):
     Trains r (in + out) parameters a layer, as LoRA does; what is saved is a LoRA of rank 2 r.
     """
 
-    replayable = False  # the term enters at step K
-
     def __init__(
         self, *, r: int, lora_alpha: float, update_ratio: float, warmup: float, target_modules: Sequence[str] | str
     ) -> None:

@@ -28,6 +28,8 @@ class LlamaAdapter(Method):
     positions, times the block's gate is added before the output projection: what PEFT computes on Llama.
     """
 
+    replayable = True
+
     def __init__(self, *, adapter_len: int, adapter_layers: float) -> None:
         if adapter_len < 1:
             raise ValueError(f"adapter_len={adapter_len} must be at least 1")

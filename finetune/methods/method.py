@@ -35,7 +35,9 @@ class Method(ABC):
     leaves_base_intact = True  # False: the base's own weights change (full tuning); they are then kept in float32
     starts_as_base = True  # False: differs from the base before the first step (virtual tokens, random factors)
     padding_free = True  # False: its rows are padded
-    replayable = True  # False: its forward pass changes with the step in a way that no recorded pass has
+    replayable = (
+        False  # True: a step recorded as a CUDA graph is its eager step (tests/methods/test_graphs.py, on a GPU)
+    )
     checkpointable = True  # False: cannot recompute activations in the backward pass
 
     def rows(self, rows: Sequence[Row], train_rows: Sequence[Row], *, fits: Callable[[Row], bool]) -> Sequence[Row]:

@@ -35,6 +35,9 @@ class Peft(Method):
         self.leaves_base_intact = not (moves or config.peft_type in COPYING)
         kasa = getattr(config, "kasa_config", None)  # cuts the smallest singular values off
         self.starts_as_base = not (config.is_prompt_learning or kasa or config.peft_type in RANDOM)
+        # What these settings compute depends on what was computed before, or is drawn in ways of its own.
+        special = [getattr(config, f"{name}_config", None) for name in ("kasa", "monteclora", "velora")]
+        self.replayable = config.peft_type in (PeftType.LORA, *EMBEDDED) and not any(special)
         # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base). MonteCLoRA's
         # second forward pass draws other noise than the first: gradients were off by 0.09 (seen).
         self.checkpointable = config.peft_type not in PREFIXES and not getattr(config, "monteclora_config", None)
@@ -90,6 +93,8 @@ class AdaLora(Method):
 
     `tinit` and `tfinal` are the shares of the steps before pruning starts and after it has ended.
     """
+
+    replayable = True
 
     def __init__(self, *, tinit: float, tfinal: float, orth_reg_weight: float, **arguments: Any) -> None:
         if not (tinit >= 0 and tfinal >= 0 and tinit + tfinal < 1):

@@ -79,6 +79,8 @@ class Prefix(Method):
     where activations are recomputed.
     """
 
+    replayable = True
+
     def __init__(
         self,
         *,
