@@ -167,7 +167,7 @@ class _State:
         return self.graph.replay
 
 
-def _states(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+def _states(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
 

@@ -17,8 +17,6 @@ from finetune.methods.peft import Peft
 class LoraPlus(Method):
     """Hayou et al. 2024, arXiv:2402.12354: B learns `lr_ratio` times as fast as A; parameters as LoRA, r (in + out)."""
 
-    replayable = True
-
     def __init__(self, *, lr_ratio: float, **arguments: Any) -> None:
         if lr_ratio <= 0:
             raise ValueError(f"lr_ratio={lr_ratio} must be positive")
