@@ -12,10 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import peft.tuners.lora  # noqa: F401
 import torch
 import transformers
+import transformers.models.qwen2.modeling_qwen2
 
 from finetune import worker
+from finetune.scores.segment import segment
 
 
 def slow_down(run, *, slow, room):
@@ -54,6 +57,7 @@ def start(job, *, rank, port):
 
 
 def main():
+    segment("词典")  # is read once, not by every job
     for line in sys.stdin:
         job = json.loads(line)
         with socket.socket() as free:

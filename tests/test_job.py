@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,16 +20,17 @@ from finetune import checkpoint, runs
 from finetune.cells import cells
 
 ROOT = Path(__file__).parent.parent
+LORA = ("method=lora", "method.adapter.lora_dropout=0.2")
 QUICK = (
-    "method=lora",
-    "method.adapter.lora_dropout=0.2",
+    "optim.epochs=3",
     "optim.max_steps=8",
     "optim.lr=1e-2",
     "optim.accumulation=2",
     "task.train_rows=24",
     "task.valid_rows=12",
     "wandb.mode=disabled",
-    "evaluate.max_new_tokens=4",
+    "evaluate.max_new_tokens=3",
+    "evaluate.rewording_rows=0",
     "evaluate.batch_rows=4",
     "evaluate.forgetting_text=null",
     "launch.checkpoint_minutes=0",
@@ -41,6 +41,7 @@ QUICK = (
 
 def compose(run, base, *words):
     """A folder as the sweep leaves it to a job."""
+    words = words if any(word.startswith("method=") for word in words) else (*LORA, *words)
     plain = {"config_dir": None, "config_name": None, "multirun": False}
     [cell] = cells(Namespace(overrides=[*QUICK, f"model.path={base}", *words], **plain), root=run)
     run.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,7 @@ class Job:
         process.stdin.write(json.dumps({"run": str(run), "ranks": ranks, "slow": slow, "room": room}) + "\n")
         process.stdin.flush()
         self.pids = json.loads(process.stdout.readline())
+        self.statuses = []
 
     def wait_for(self, happened):
         deadline = time.monotonic() + 90
@@ -69,11 +71,13 @@ class Job:
             os.kill(pid, number)
 
     def log(self):
-        return (self.run / "run.log").read_text()
+        file = self.run / "run.log"
+        return file.read_text() if file.exists() else ""
 
     def wait(self):
         """Exit statuses of the ranks."""
-        return json.loads(self.process.stdout.readline())
+        self.statuses = self.statuses or json.loads(self.process.stdout.readline())
+        return self.statuses
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +86,18 @@ def start():
     known = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "slow_jobs"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    begun = []
+
+    def begin(run, **how):
+        for job in begun[-1:]:
+            if not job.statuses:  # of a test that failed
+                job.send(signal.SIGKILL)
+                job.wait()
+        begun.append(Job(process, run, **how))
+        return begun[-1]
+
     with subprocess.Popen(words, env=known, **pipes) as process:
-        yield partial(Job, process)
+        yield begin
         process.kill()
 
 
@@ -97,7 +111,7 @@ def outcome(run):
     steps = [{k: line.get(k) for k in ("step", "loss", "valid_loss", "lr", "gradient_norm")} for line in lines]
     scores = runs.read_json(run / "scores.json")
     kept = {key: scores.get(key) for key in ("scores", "loss", "checks", "num_steps", "skipped_steps", "rewording")}
-    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    [weights] = [file.read_bytes() for file in (run / "adapter").glob("*.safetensors")]
     return steps, (run / "predictions.jsonl").read_text(), kept, weights
 
 
@@ -154,10 +168,12 @@ def test_a_request_to_end_leaves_a_checkpoint_and_status_75(number, whole, base,
     assert not (run / "failure.json").exists()
     [path] = checkpoint.found(run / "checkpoint")
     assert checkpoint.step(path) == num_lines(run / "steps.jsonl")
-    finish(start(run))
-    assert outcome(run) == whole
+    if number == signal.SIGTERM:
+        finish(start(run))
+        assert outcome(run) == whole
 
 
+@pytest.mark.faults
 def test_a_request_while_answering_keeps_the_batch(whole, base, start, tmp_path):
     run = compose(tmp_path / "run", base)
     job = start(run, slow=0.1)
@@ -173,7 +189,7 @@ def test_a_second_interrupt_ends_at_once(base, start, tmp_path):
     job = start(compose(tmp_path / "run", base), slow=60)
     job.wait_for(lambda run: "in the first step" in job.log())
     job.send(signal.SIGINT)
-    time.sleep(0.3)
+    job.wait_for(lambda run: "asked to end by SIGINT" in job.log())
     assert all(map(psutil.pid_exists, job.pids))
     job.send(signal.SIGINT)
     assert job.wait() == [-signal.SIGINT]
@@ -189,7 +205,7 @@ def test_a_request_while_loading_waits_for_nothing(base, start, tmp_path):
 
 
 def test_two_ranks_go_on_together(base, start, tmp_path):
-    words = ("launch.num_processes=2", "optim.max_steps=5")
+    words = ("launch.num_processes=2", "optim.max_steps=4")
     straight = compose(tmp_path / "straight", base, *words)
     finish(start(straight, ranks=2))
     run = compose(tmp_path / "run", base, *words)
@@ -204,22 +220,12 @@ def test_two_ranks_go_on_together(base, start, tmp_path):
     assert runs.read_json(run / "scores.json")["resumed"] == [checkpoint.step(path)]
 
 
-def change_data(data, base):
-    data.write_text(data.read_text().replace("answer 3", "answer x"))
-
-
-def change_weights(data, base):
-    weights = load_file(base / "model.safetensors")
-    weights["model.norm.weight"] *= 1.5
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("change", [change_data, change_weights], ids=["data", "weights"])
-def test_other_inputs_than_it_began_with_are_refused(change, base, start, tmp_path, request):
+def test_other_inputs_than_it_began_with_are_refused(base, start, tmp_path):
     own, data = tmp_path / "base", tmp_path / "rows.jsonl"
     shutil.copytree(base, own)
     rows = [{"prompt": f"question {n}", "target": f"answer {n}"} for n in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    data.write_text(text)
     words = ("task=jsonl", f"task.source.path={data}", "task.train_rows=14", "task.valid_rows=6")
     run = compose(tmp_path / "run", own, *words)
     job = start(run, slow=0.1)
@@ -227,13 +233,23 @@ def test_other_inputs_than_it_began_with_are_refused(change, base, start, tmp_pa
     job.send(signal.SIGKILL)
     job.wait()
     before = (run / "environment.json").read_bytes()
-    change(data, own)
-    assert start(run).wait() == [1]
-    message = runs.read_json(run / "failure.json")["message"]
-    assert re.match(r"the (data|weights) \(.*(rows.jsonl|base)\) changed", message)
-    assert "put back what it began with, or remove" in message
+    data.write_text(text.replace("answer 3", "answer x"))
+    refused(start(run), rf"the data \({re.escape(str(data))}\) changed")
+    data.write_text(text)
+    weights = load_file(own / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    refused(start(run), r"the weights \(.*base\) changed")
     assert (run / "environment.json").read_bytes() == before
     assert checkpoint.found(run / "checkpoint")
+
+
+def refused(job, reason):
+    assert job.wait() == [1]
+    message = runs.read_json(job.run / "failure.json")["message"]
+    assert re.match(reason, message)
+    assert "put back what it began with, or remove" in message
+    (job.run / "failure.json").unlink()
 
 
 def test_memory_that_runs_out_while_answering_halves_the_batch(whole, base, start, tmp_path):
