@@ -4,7 +4,7 @@ import pytest
 from grid import NAMES, config, stored_base, tokenizer
 from test_resume import Killed, same, train
 
-CORE = ("monteclora", "velora", "frod")  # draw ahead, keep buffers, are large; test_resume has those of the field
+CORE = ("monteclora", "velora")  # draw ahead, keep buffers; test_resume has those of the field
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in CORE else pytest.mark.faults) for n in NAMES])
