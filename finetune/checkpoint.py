@@ -26,7 +26,7 @@ MANIFEST, TREE = "manifest.json", "state.json"
 
 
 def write(folder: Path, state: Any, *, step: int, about: Mapping[str, Any]) -> None:
-    """Keep `state`, nested dicts and lists of numbers, texts and tensors, as the checkpoint of a step; drop old ones."""
+    """Keep `state` (nested dicts and lists of numbers, texts, tensors) as the checkpoint of a step; drop old ones."""
     whole = folder / f"step-{step:06d}"
     part = folder / f".{whole.name}"
     _remove(part)
@@ -49,7 +49,7 @@ def write(folder: Path, state: Any, *, step: int, about: Mapping[str, Any]) -> N
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or damaged, first to last."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)), key=step)
 
 
 def step(path: Path) -> int:

@@ -103,8 +103,9 @@ def clear(run: Path) -> None:
     """Remove results of an earlier attempt that the next one does not need; what it goes on from stays."""
     for name in ("predictions.jsonl", "unsupported.json"):
         (run / name).unlink(missing_ok=True)
-    for part in run.glob(".*.json*.[0-9]*"):  # half-written files of a process that was killed
-        part.unlink(missing_ok=True)
+    for name in ("environment.json", "steps.jsonl", "predictions.jsonl", "scores.json"):
+        for part in run.glob(f".{name}.*"):  # half written by a process that was killed
+            part.unlink(missing_ok=True)
 
 
 def fail(run: Path, *, kind: str, message: str) -> None:

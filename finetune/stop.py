@@ -51,6 +51,7 @@ class Stop:
                 os.kill(os.getpid(), number)
             return
         self.asked = True
+        os.write(1, f"asked to end by {signal.Signals(number).name}\n".encode())  # past buffers that are in use
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         if not self.waits:
             raise Stopped

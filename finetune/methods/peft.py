@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora.monteclora import MontecloraSampler
 from torch import Tensor, nn
 
 from finetune.data.rows import Row
@@ -29,6 +30,7 @@ class Peft(Method):
     def __init__(self, config: PeftConfig) -> None:
         self.config = config
         self.wrapper: Any = None  # PEFT's own model, where the base is trained without it
+        self.samplers: dict[str, Any] = {}  # MonteCLoRA's, which draw noise for many steps at once
         self.padding_free = config.peft_type in EMBEDDED or not config.is_prompt_learning
         start = str(getattr(config, "init_lora_weights", None))
         moves = start.startswith(MOVING) or getattr(config, "kasa_config", None)
@@ -44,7 +46,27 @@ class Peft(Method):
 
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Wrap the base; PEFT keeps the method's weights in float32."""
-        return self._unwrapped(get_peft_model(model, self.config))
+        wrapper = get_peft_model(model, self.config)
+        if getattr(self.config, "monteclora_config", None):
+            self.samplers = {n: m.sampler for n, m in wrapper.named_modules() if isinstance(m, MontecloraSampler)}
+        return self._unwrapped(wrapper)
+
+    def state(self) -> dict[str, Any]:
+        """The noise that is drawn and not yet used: for each kind of it one tensor (draws left, ...)."""
+        found = {}
+        for name, sampler in self.samplers.items():
+            left = sampler.buffer[sampler.index :]
+            found[name] = {kind: torch.stack([draw[kind] for draw in left]) for kind in left[0]} if left else {}
+        return found
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The noise of the run that is resumed; each forward pass moves it to its device."""
+        for name, noise in state.items():
+            sampler = self.samplers[name]
+            draws = zip(*noise.values(), strict=True)
+            left = [dict(zip(noise, draw, strict=True)) for draw in draws]
+            sampler.index = sampler.buffer_size - len(left)
+            sampler.buffer = sampler.buffer[: sampler.index] + left
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """The terms of KaSA (eq. 9-12) and MonteCLoRA; PEFT computes them and leaves adding them to the loop."""
