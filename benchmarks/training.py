@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 
-SHAPES = {  # of Qwen2.5
+SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 128, "tie_word_embeddings": True, "vocab_size": 512},
     "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,

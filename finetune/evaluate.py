@@ -57,8 +57,7 @@ def predict(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) ->
 def _new_tokens(model: Any, ids: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
     """(rows, new) tokens that follow the prompts (rows, tokens)."""
     if decoding.in_places and decoding.padding_side == "left":
-        end = {"end_ids": decoding.end_ids, "pad_id": decoding.pad_id}
-        return greedy(model, ids, mask, max_new_tokens=decoding.max_new_tokens, **end)
+        return greedy(model, ids, mask, decoding.max_new_tokens, end_ids=decoding.end_ids, pad_id=decoding.pad_id)
     output: Tensor = model.generate(
         input_ids=ids,
         attention_mask=mask,

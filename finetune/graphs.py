@@ -174,4 +174,4 @@ class Graphs:
 
     def zero(self) -> None:
         """Forget the gradients, in place: the graphs know where they lie."""
-        torch._foreach_zero_([weight.grad for weight in self.weights])
+        torch._foreach_zero_([weight.grad for weight in self.weights if weight.grad is not None])

@@ -64,10 +64,8 @@ class Places:
         self.keys, self.values = ([x.index_select(0, rows) for x in both] for both in (self.keys, self.values))
 
 
-def greedy(
-    model: Any, ids: Tensor, mask: Tensor, *, max_new_tokens: int, end_ids: Sequence[int], pad_id: int
-) -> Tensor:
-    """New tokens (rows, at most `max_new_tokens`) of left-padded prompts, `pad_id` after the end token.
+def greedy(model: Any, ids: Tensor, mask: Tensor, num_new: int, *, end_ids: Sequence[int], pad_id: int) -> Tensor:
+    """New tokens (rows, `num_new`) of left-padded prompts, `pad_id` after the end token.
 
     As transformers' greedy `generate`; for bases that take a four-dimensional mask and position ids.
     """
@@ -77,10 +75,10 @@ def greedy(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
         logits_to_keep=1,
     ).logits  # fmt: skip
-    state = _State(model, logits[:, -1].argmax(-1), cache, mask, max_new_tokens, end_ids=end_ids, pad_id=pad_id)
+    state = _State(model, logits[:, -1].argmax(-1), cache, mask, num_new, ends=end_ids, pad_id=pad_id)
     done, step = 1, state.step
     with attending(model, NAME):
-        while done < max_new_tokens and state.rows:
+        while done < num_new and state.rows:
             if ids.is_cuda and state.graph is None:
                 step = state.capture()
             step()
@@ -94,11 +92,11 @@ def greedy(
 class _State:
     """Rows at work, and the answers of all."""
 
-    def __init__(
-        self, model: Any, first: Tensor, cache: DynamicCache, mask: Tensor, num_new: int, *, end_ids: Any, pad_id: int
+    def __init__(  # noqa: PLR0913
+        self, model: Any, first: Tensor, cache: Any, mask: Tensor, num_new: int, *, ends: Sequence[int], pad_id: int
     ) -> None:
         self.model, self.pad_id, self.cuda = model, pad_id, first.is_cuda
-        self.ends = torch.tensor(list(end_ids), device=first.device)
+        self.ends = torch.tensor(list(ends), device=first.device)
         self.cache = Places(cache, num_new=num_new)
         self.num_before = self.cache.num_places - num_new - mask.shape[1]  # virtual tokens, which no mask counts
         self.answers = torch.full((len(first), num_new), pad_id, device=first.device)

@@ -110,7 +110,7 @@ class _Done:
 
     def broken(self) -> Tensor:
         """1.0 if one of them is no number, else 0.0."""
-        return 1.0 - (self.summed.isfinite() & torch.as_tensor(self.norm).isfinite()).float()
+        return 1.0 - (self.summed.isfinite() & torch.as_tensor(self.norm, device=self.summed.device).isfinite()).float()
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Loop:
             loss, norm = done.numbers()
             finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(norm))
             clock.add(sum(len(self.examples[row].ids) for row in done.rows))
-            line = {"step": done.number, "num_steps": len(self.steps), "loss": loss if finite else None}
+            line: Line = {"step": done.number, "num_steps": len(self.steps), "loss": loss if finite else None}
             line |= {"lr": done.rate, "gradient_norm": norm, "tokens_per_second": clock.rate()}
             line |= {"seconds": clock.seconds, "num_tokens": clock.num_tokens, "way": graphs.way if graphs else "eager"}
             line |= {**({"skipped": True} if done.skipped or not finite else {}), **loop._limit()}
@@ -169,7 +169,7 @@ class Loop:
                 raise self._not_a_number(done.number, done.rows, loss=loss, norm=norm, lr=done.rate)
 
         for number, rows in list(enumerate(self.steps, start=1))[len(history) :]:
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             loop, summed, count = loop._fitting(model, base, rows, optimizer, graphs)
             norm = self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf)
             done = _Done(number, rows, rate, count, self.accelerator.reduce(summed), norm)
