@@ -120,7 +120,7 @@ class Loop:
         history = keeper.resume(moving) if keeper else []
         loop, clock, broken = self._as_after(history), _Clock(history), _broken_at_the_end(history)
         for number, rows in list(enumerate(self.steps, start=1))[len(history) :]:
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             loop, summed, count = loop._fitting(model, base, rows, optimizer)
             norm = float(self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf))
             loss = float(self.accelerator.reduce(summed)) / count
