@@ -238,7 +238,7 @@ class Loop:
                 return loop, *loop._gradients(model, base, rows, graphs)
             except RuntimeError as error:
                 # Of several processes only one may run out, and the others wait for its gradients.
-                if not out_of_memory(error) or self.accelerator.num_processes > 1:
+                if not out_of_memory(error) or self.accelerator.num_processes > 1 or graphs:
                     raise
                 said = str(error)
             optimizer.zero_grad()

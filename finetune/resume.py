@@ -43,7 +43,7 @@ class Moving:
 
     def state(self, *, last: bool) -> dict[str, Any]:
         """What `restore` takes; after the last step no optimizer is needed."""
-        found = {"model": changing(self.model), "method": self.method.state()}
+        found: dict[str, Any] = {"model": changing(self.model), "method": self.method.state()}
         if not last:
             found |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
             found |= {"scaler": self.scaler.state_dict() if self.scaler else None}
@@ -202,7 +202,8 @@ def refuse_small_disk(run: Path, model: Any) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Python's, NumPy's and torch's random states, and the device's."""
-    kind, keys, *rest = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    kind, keys, *rest = drawn
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),

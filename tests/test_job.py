@@ -160,7 +160,7 @@ def test_a_killed_job_ends_as_if_it_had_not_been(phase, whole, base, start, tmp_
         assert job.log().count("answered 4 of 12 rows") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_request_to_end_leaves_a_checkpoint_and_status_75(number, whole, base, start, tmp_path):
     run = compose(tmp_path / "run", base, "launch.checkpoint_minutes=60")
     job = start(run, slow=0.05)

@@ -22,11 +22,16 @@ def stop():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_request_waits_for_a_good_moment(number, stop):
     reached = []
-    with pytest.raises(Stopped), stop.held():
-        os.kill(os.getpid(), number)
-        reached.append("the end of the step")
-        stop.heed()
-        reached.append("the next step")
+
+    def work():
+        with stop.held():
+            os.kill(os.getpid(), number)
+            reached.append("the end of the step")
+            stop.heed()
+            reached.append("the next step")
+
+    with pytest.raises(Stopped):
+        work()
     assert reached == ["the end of the step"]
 
 
@@ -38,10 +43,14 @@ def test_elsewhere_it_ends_at_once(stop):
 
 
 def test_patience_has_an_end(stop, monkeypatch):
+    def work():
+        with stop.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+
     monkeypatch.setattr("finetune.stop.PATIENCE", 0.05)
-    with pytest.raises(Stopped), stop.held():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
+    with pytest.raises(Stopped):
+        work()
 
 
 def test_nobody_asked(stop):
