@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PATHS := finetune tests benchmarks
 
-.PHONY: help install grid report test bench check format clean
+.PHONY: help install grid report test faults bench check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -26,6 +26,9 @@ report: install ## Turn the runs under multirun/ into tables
 
 test: install ## Run the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadscope
+
+faults: install ## Kill, starve and mislead real runs, and see that nothing is lost (about half an hour)
+	$(BIN)/python -m pytest -q -m faults tests
 
 bench: install ## Measure speed against peers (a GPU, trl and datasets are needed)
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --seconds 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import runs
+from finetune import confidential, runs
 from finetune.config import Config, differences, identity, problems
 
 _packed = Path(__file__).parent / "conf"  # in a wheel
 CONF = _packed if _packed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+OUR_VARIABLES = ("FINETUNE_DATA", "FINETUNE_CACHE")  # all of the environment that a configuration may read
 
 
 class Invalid(Exception):
@@ -44,25 +48,42 @@ class Cell:
 
 def cells(args: Namespace, *, root: Path) -> list[Cell]:
     """The cells that the command line asks for, checked; raises `Invalid`."""
+    only_our_resolvers()
+    if args.config_path or args.experimental_rerun or args.package:
+        raise Invalid("--config-path, --experimental-rerun and --package mean nothing here; use --config-dir=FOLDER")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         found: list[Cell] = []
         wrong: dict[str, None] = {}  # an ordered set
         for overrides in _combinations(args):
-            cell = _cell(overrides, root)
+            cell = _cell(overrides, root, name=args.config_name or "config")
             if isinstance(cell, Cell):
                 found.append(cell)
-                wrong.update(dict.fromkeys(problems(cell.config) or _other(cell)))
+                wrong.update(dict.fromkeys(refusals(cell)))
             else:
-                wrong[cell] = None
+                wrong.update(dict.fromkeys(cell))
     first: dict[Path, Cell] = {}
     for cell in found:
         other = first.setdefault(cell.folder, cell)
-        if identity(other.config) != identity(cell.config):
-            changed = "; ".join(differences(other.config, cell.config))
-            wrong[f"two cells want {cell.folder} ({changed}); give them a study= each"] = None
+        # Also where only the folder of a data file differs: moved data are the same run, two files are two.
+        if changed := differences(other.config, cell.config, moved=False):
+            wrong[f"two cells want {cell.folder} ({'; '.join(changed)}); give them a study= each"] = None
     if wrong:
         raise Invalid("\n".join(wrong))
     return list({cell.folder: cell for cell in found}.values())
+
+
+def only_our_resolvers() -> None:
+    """Interpolations read no variable of the environment but ours: its values would be written into the run."""
+    OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+
+
+def _variable(name: str, default: str | None = None) -> str | None:
+    if name not in OUR_VARIABLES:
+        raise ValueError(f"${{oc.env:{name}}} is refused: only {' and '.join(OUR_VARIABLES)} can be read")
+    value = os.environ.get(name, default)
+    if value is None:
+        raise ValueError(f"the environment variable {name} is not set")
+    return value
 
 
 def _combinations(args: Namespace) -> list[list[str]]:
@@ -89,20 +110,19 @@ def _combinations(args: Namespace) -> list[list[str]]:
         raise Invalid(_explain(error)) from None
 
 
-def _cell(overrides: Sequence[str], root: Path) -> Cell | str:
-    """Compose one cell; what is wrong with it, when it cannot be composed."""
+def _cell(overrides: Sequence[str], root: Path, *, name: str) -> Cell | list[str]:
+    """Compose one cell; what is wrong with it, when it is no run."""
     try:
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+        config = compose(name, overrides=list(overrides), return_hydra_config=True)
         task_overrides = [str(o) for o in config.hydra.overrides.task]
         with open_dict(config):
             del config.hydra
         resolved = _resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        return _explain(error)
-    secrets = [o.partition("=")[0] for o in task_overrides if _secret(o.partition("=")[0])]
-    if secrets:
-        return f"{', '.join(secrets)}: keys and tokens are never written into a run; give them by the environment"
-    return Cell(config=resolved, folder=runs.folder(root, resolved, task_overrides))
+        return [_explain(error)]
+    given = dict(override.partition("=")[::2] for override in task_overrides)
+    wrong = confidential.found(given) or confidential.found(resolved) or problems(resolved)
+    return wrong or Cell(config=resolved, folder=runs.folder(root, resolved, task_overrides))
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:
@@ -111,7 +131,7 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def _other(cell: Cell) -> list[str]:
+def refusals(cell: Cell) -> list[str]:
     """Why the cell's folder is not this cell's: another configuration made it."""
     if not (cell.folder / "config.yaml").exists():
         return []
@@ -155,7 +175,3 @@ def _keys(key: str) -> list[str]:
         if not hasattr(section, "model_fields"):
             return []
     return list(section.model_fields)
-
-
-def _secret(key: str) -> bool:
-    return key.upper().rpartition(".")[2].endswith(("_KEY", "_TOKEN", "APIKEY", "PASSWORD", "SECRET"))

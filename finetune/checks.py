@@ -6,6 +6,7 @@ with learning rate 0 is that model again), on the tuned model, and on the tuned 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -42,14 +43,14 @@ def examine(
     A check that cannot be made is a finding too, and never ends the run.
     """
     method, (base, base_again, start, control) = subject.method, before
-    end = measure(probe, subject.model)
+    end = functools.cache(lambda: measure(probe, subject.model))  # measured by the first check that needs it
     checks: dict[str, Callable[[], Finding]] = {
-        "weights": lambda: weights(probe, subject, base, start, end),
-        "logits": lambda: logits(probe, subject, (base, base_again, start, end)) if method.trains else UNTRAINED,
-        "loss": lambda: loss(start.losses, control.losses, end.losses) if method.trains else UNTRAINED,
+        "weights": lambda: weights(probe, subject, base, start, end()),
+        "logits": lambda: logits(probe, subject, (base, base_again, start, end())) if method.trains else UNTRAINED,
+        "loss": lambda: loss(start.losses, control.losses, end().losses) if method.trains else UNTRAINED,
         "cache": lambda: cache(probe, subject, say(probe, subject)),
-        "reload": lambda: _reload(probe, subject, end, reload),
-        "method": lambda: of_method(probe, subject, end, alpha=optim.get("neftune_alpha")),
+        "reload": lambda: _reload(probe, subject, end(), reload),
+        "method": lambda: of_method(probe, subject, end(), alpha=optim.get("neftune_alpha")),
     }
     return {name: asdict(_find(name, check)) for name, check in checks.items()}
 

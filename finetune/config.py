@@ -13,27 +13,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# What a configuration may name as a `_target_`; a configuration from a stranger can run nothing else.
-TARGETS = re.compile(
-    r"peft\.\w+Config|torch\.optim\.\w+|bitsandbytes\.optim\.\w+|finetune\.methods\.\w+\.\w+|finetune\.data\.\w+\.\w+"
-)
+# What a configuration may name as a `_target_`, by place; a configuration from a stranger can run nothing else.
+ADAPTERS = re.compile(r"peft\.\w+Config|finetune\.methods\.[a-z]\w*\.[A-Z]\w*")
+READERS = re.compile(r"finetune\.data\.[a-z]\w*\.[a-z]\w*")
+OPTIMIZERS = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Z]\w*")
+SPECIAL = re.compile(r"_(target|args|partial|recursive|convert)_")  # keys that mean something to Hydra's instantiate
+DATA_FILES = ("path", "valid_path")  # keys of task.source
 NOT_SCIENCE = ("launch", "wandb", "study", "data_dir")  # may differ between two commands that mean the same run
 
-Word = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=80)]
+Word = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=80)]  # also a folder's name
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Scale = Literal["tiny", "small", "full"]
 
 
-def _target(name: str) -> str:
-    if not TARGETS.fullmatch(name):
-        raise ValueError("is not allowed; allowed are peft.*Config, torch.optim.*, bitsandbytes.optim.* and finetune.*")
-    return name
+def _named(allowed: re.Pattern[str], words: str) -> AfterValidator:
+    """The name of a class or function that may stand at one place."""
+
+    def check(name: str) -> str:
+        if not allowed.fullmatch(name):
+            raise ValueError(f"is not allowed here; allowed are {words}")
+        return name
+
+    return AfterValidator(check)
 
 
-Target = Annotated[str, AfterValidator(_target)]
+Adapter = Annotated[str, _named(ADAPTERS, "peft.*Config and the classes of finetune.methods")]
+Reader = Annotated[str, _named(READERS, "the readers of finetune.data")]
+Optimizer = Annotated[str, _named(OPTIMIZERS, "torch.optim.* and bitsandbytes.optim.*")]
 
 
 class Section(BaseModel):
@@ -46,7 +55,32 @@ class Open(BaseModel):
     """Arguments of a `_target_`: their names and types are the target's own matter."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
-    target: Target = Field(alias="_target_")
+    target: str = Field(alias="_target_")
+
+    @model_validator(mode="after")
+    def _plain(self) -> Open:
+        """Nothing in the arguments can be taken for something to call."""
+        for key in _special(self.model_extra or {}):
+            raise ValueError(f"{key} is not allowed here: arguments are plain values")
+        return self
+
+
+class AdapterArguments(Open):
+    """conf/method: `adapter`."""
+
+    target: Adapter = Field(alias="_target_")
+
+
+class ReaderArguments(Open):
+    """conf/task: `source`."""
+
+    target: Reader = Field(alias="_target_")
+
+
+class OptimizerArguments(Open):
+    """conf/optim: `optimizer`."""
+
+    target: Optimizer = Field(alias="_target_")
 
 
 class Package(Section):
@@ -93,7 +127,7 @@ class Method(Section):
     lr: dict[Scale, Annotated[float, Field(ge=0, le=10)]]
     quantize: Literal["nf4", "int8"] | None
     needs: list[str]
-    adapter: Open
+    adapter: AdapterArguments
 
 
 class Fields(Section):
@@ -113,7 +147,7 @@ class Task(Section):
 
     name: Word
     version: Count
-    source: Open
+    source: ReaderArguments
     fields: Fields | None
     rewordings: list[str]
     only: list[str] | None
@@ -121,6 +155,8 @@ class Task(Section):
     valid_rows: Count | None
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] | None
     skip_empty: bool
+    on_bad_row: Literal["refuse", "skip"]
+    max_bad_share: Share
     drop_leaks: bool
     max_prompt_tokens: Annotated[int, Field(ge=8)]
     max_target_tokens: Annotated[int, Field(ge=2)]
@@ -130,7 +166,7 @@ class Optim(Section):
     """conf/optim: the optimizer, its schedule and its batches."""
 
     name: Word
-    optimizer: Open
+    optimizer: OptimizerArguments
     lr: Annotated[float, Field(gt=0, le=10)] | None
     schedule: Literal["cosine", "linear", "constant"]
     warmup: Share
@@ -178,6 +214,7 @@ class Config(Section):
     study: Word
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     data_dir: str
+    deterministic: bool
     scale: Scale
     model: Model
     method: Method
@@ -219,17 +256,38 @@ def learning_rate(config: Mapping[str, Any]) -> float:
     return float(config["method"]["lr"][config["scale"]] if lr is None else lr)
 
 
+def refuse(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a configuration that cannot run, or that nobody may run: a folder can be anyone's."""
+    try:
+        found = problems(config)
+    except RecursionError:  # YAML can hold itself
+        found = ["nested too deeply"]
+    if found:
+        raise ValueError("config.yaml: " + "; ".join(found))
+
+
 def identity(config: Mapping[str, Any]) -> str:
-    """Hash of what makes two runs the same run: the configuration less launch, wandb, study and the data's folder."""
-    science = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
-    return hashlib.sha256(json.dumps(science, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """Hash of what makes two runs the same run: the configuration less launch, wandb, study and where the data lie.
+
+    Of a data file its name counts; its content is compared where the data are read.
+    """
+    return hashlib.sha256(json.dumps(_science(config), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every key of the identity that differs."""
-    before, after = (dict(_leaves({k: v for k, v in c.items() if k not in NOT_SCIENCE})) for c in (old, new))
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, moved: bool = True) -> list[str]:
+    """`key: old -> new` for every key of the identity that differs; `moved` data files are the same."""
+    before, after = (dict(_leaves(_science(config, moved=moved))) for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+
+
+def _science(config: Mapping[str, Any], *, moved: bool = True) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
+    task = kept.get("task")
+    if not moved or not isinstance(task, Mapping) or not isinstance(task.get("source"), Mapping):
+        return kept
+    files = {key: Path(value).name for key, value in task["source"].items() if key in DATA_FILES and value}
+    return {**kept, "task": {**task, "source": {**task["source"], **files}}}
 
 
 def _across(config: Config) -> Iterator[str]:
@@ -274,6 +332,14 @@ def _names(place: list[str]) -> list[str]:
         section = section.model_fields[part].annotation
         section = next((a for a in getattr(section, "__args__", ()) if isinstance(a, type)), section)
     return sorted(section.model_fields)
+
+
+def _special(node: Any) -> Iterator[str]:
+    """The keys at any depth that Hydra's instantiate would act on."""
+    if isinstance(node, Mapping):
+        yield from (str(key) for key in node if SPECIAL.fullmatch(str(key)))
+    for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
+        yield from _special(value)
 
 
 def _missing(config: Mapping[str, Any]) -> list[str]:

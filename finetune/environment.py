@@ -24,8 +24,17 @@ def environment(**hashes: str) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "hardware": _hardware(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "hashes": hashes,
     }
+
+
+def only_deterministic() -> None:
+    """From here on only operations that give the same bits each time; before a CUDA context is made."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS picks among streams' workspaces otherwise
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def pick_device(asked: str) -> torch.device:

@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from finetune import runs
+from finetune.config import refuse
 from finetune.data import rows
-from finetune.environment import environment, pick_device, usable_precision
+from finetune.environment import environment, only_deterministic, pick_device, usable_precision
 from finetune.loop import Feeder, mean_loss
 from finetune.methods.build import build
 from finetune.methods.method import Method
@@ -57,8 +58,13 @@ class Job:
 
 def load_job(run: Path, config: Mapping[str, Any]) -> Job:
     """Data, base and method, and environment.json that records them."""
+    refuse(config)
+    if config["deterministic"]:
+        only_deterministic()
     accelerator, precision = _accelerator(config)
     split = rows.load(config["task"])
+    for place in split.bad[:20]:
+        log.warning("left out %s", place)
     method = build(config["method"])
     base = base_of(config, accelerator.device, precision=precision if method.leaves_base_intact else "float32")
     feeder = Feeder(

@@ -10,8 +10,9 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ import psutil
 
 from finetune import runs
 
-GRACE_SECONDS = 30  # between the request to end and the kill
+GRACE_SECONDS = 40.0  # a job has 30 s to write its checkpoint, also under torch's launcher, which kills its ranks then
+KILL_SECONDS = 5.0  # until what was killed is gone; a process in a system call of a dead file server is not
 BYTES_A_CELL = 2 * 2**30  # a cell on a miniature peaks at 1.0 to 1.3 GiB
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PREEMPTED = 75  # EX_TEMPFAIL: how a job says that it was asked to end
+_libc = ctypes.CDLL(None)  # loaded here: a fork in the middle of an import must not import
 
 
 def command(run: Path, launch: Mapping[str, Any]) -> list[str]:
@@ -30,8 +34,7 @@ def command(run: Path, launch: Mapping[str, Any]) -> list[str]:
     job = ["-m", "finetune.train", str(run.resolve())]
     if launch["num_processes"] == 1:
         return [sys.executable, *job]
-    ranks = ["--standalone", f"--nproc-per-node={launch['num_processes']}"]
-    return [sys.executable, "-m", "torch.distributed.run", *ranks, *job]
+    return [sys.executable, "-m", "finetune.ranks", str(launch["num_processes"]), str(run.resolve())]
 
 
 def has_gpu() -> bool:
@@ -55,7 +58,10 @@ def shares(launch: Mapping[str, Any], *, num_gpus: int, miniature: bool) -> list
     jobs = launch["jobs"] or (
         max(1, min(cores // ranks, psutil.virtual_memory().available // BYTES_A_CELL)) if miniature else 1
     )
-    return [{"OMP_NUM_THREADS": str(max(1, cores // (jobs * ranks)))}] * jobs
+    # Who says how many cells run at once may also say how many threads each has; else the cores are shared.
+    asked = os.environ.get("OMP_NUM_THREADS", "") if launch["jobs"] else ""
+    threads = asked if asked.isdigit() and int(asked) else str(max(1, cores // (jobs * ranks)))
+    return [{"OMP_NUM_THREADS": threads}] * jobs
 
 
 class Slot:
@@ -69,6 +75,7 @@ class Slot:
         """Start the job of a claimed folder."""
         if self.worker and launch["num_processes"] == 1:
             if self.worker.process.poll() is not None:
+                self.worker.close()
                 self.worker = Worker(self.share)
             self.worker.start(run)
             return Job(run, self.worker)
@@ -78,8 +85,7 @@ class Slot:
     def close(self) -> None:
         """End the worker."""
         if self.worker:
-            self.worker.process.kill()
-            self.worker.process.wait()
+            self.worker.close()
 
 
 class Worker:
@@ -87,8 +93,10 @@ class Worker:
 
     def __init__(self, share: Mapping[str, str]) -> None:
         self.threads = int(share["OMP_NUM_THREADS"])
+        # Its own words; a job of it writes into run.log. Closed with the slot.
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
         words = [sys.executable, "-m", "finetune.worker"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.process = _popen(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
         self.answers: list[int] = []
 
@@ -114,6 +122,18 @@ class Worker:
             self.answers.append(int(line))
         return self.answers[1] if len(self.answers) == 2 else None
 
+    def close(self) -> None:
+        """End it, and its job with it."""
+        self.process.kill()
+        self.process.wait()
+        self.said.close()
+
+    def last_words(self) -> str:
+        """The last line that a worker wrote which died before it began the job."""
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").split("\n") if not self.answers else []
+        return next((line for line in reversed(lines) if line.strip()), "")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -127,28 +147,67 @@ class Job:
         code = self.process.poll()
         if code is None:
             return False
-        if code != 0 or not (self.run / "scores.json").exists():
-            runs.fail(self.run, **_death(self.run, code))
+        kill(self)  # what it may have left in its session
+        if code != 0 or not any((self.run / name).exists() for name in ("scores.json", "unsupported.json")):
+            said = self.process.last_words() if isinstance(self.process, Worker) else ""
+            fail(self.run, **_death(self.run, code, said))
         return True
 
 
-def stop(jobs: Collection[Job]) -> None:
-    """Ask the jobs' whole sessions to end, then end them; each folder says that it was interrupted."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for job in jobs:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(job.process.pid, number)
-        until = time.monotonic() + GRACE_SECONDS
-        with contextlib.suppress(KeyboardInterrupt):
-            while time.monotonic() < until and any(job.process.poll() is None for job in jobs):
-                time.sleep(0.05)
+def stop(jobs: Collection[Job], *, hurried: Callable[[], bool] = lambda: False) -> None:
+    """Ask the jobs to end, give them time unless we are `hurried`, then end them and all that they started."""
     for job in jobs:
-        runs.fail(job.run, kind="interrupted", message="interrupted; the same command runs it again")
+        _signal(job, signal.SIGTERM)
+    _wait(jobs, GRACE_SECONDS, hurried=hurried)
+    for job in jobs:
+        kill(job)
+    _wait(jobs, KILL_SECONDS)
+    for job in jobs:
+        fail(job.run, kind="interrupted", message="interrupted; the same command goes on with it")
+
+
+def end(job: Job) -> None:
+    """End a job at once and see it gone."""
+    kill(job)
+    _wait([job], KILL_SECONDS)
+
+
+def kill(job: Job) -> None:
+    """End a job's session at once, and the processes that it started in sessions of their own."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(job.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    _signal(job, signal.SIGKILL)
+
+
+def fail(run: Path, *, kind: str, message: str) -> None:
+    """`runs.fail`; on a disk that takes no file the message goes to the terminal alone."""
+    try:
+        runs.fail(run, kind=kind, message=message)
+    except OSError as error:
+        print(f"{run}: {message} (failure.json cannot be written: {error})", file=sys.stderr)
+
+
+def _signal(job: Job, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.process.pid, number)
+
+
+def _wait(jobs: Collection[Job], seconds: float, *, hurried: Callable[[], bool] = lambda: False) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not hurried() and any(job.process.poll() is None for job in jobs):
+        time.sleep(0.05)
+
+
+def child(words: list[str], **how: Any) -> subprocess.Popen[bytes]:
+    """A process with a session of its own that is killed when this process dies, however it dies."""
+    here = os.getpid()
+    return subprocess.Popen(words, start_new_session=True, preexec_fn=lambda: die_with_parent(here), **how)
 
 
 def _popen(words: list[str], share: Mapping[str, str], **files: Any) -> subprocess.Popen[bytes]:
-    how = {"stdin": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": die_with_parent}
-    return subprocess.Popen(words, env=_environment(share), **{**how, **files})
+    return child(words, env=_environment(share), **{"stdin": subprocess.DEVNULL, **files})
 
 
 def _environment(share: Mapping[str, str]) -> dict[str, str]:
@@ -156,21 +215,26 @@ def _environment(share: Mapping[str, str]) -> dict[str, str]:
     here = str(Path(__file__).parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     polite = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    gpus = {key: value for key, value in share.items() if key.startswith("CUDA")}
-    return {**polite, **share, **os.environ, **gpus, "PYTHONPATH": path}
+    return {**polite, **os.environ, **share, "PYTHONPATH": path}
 
 
-def _death(run: Path, code: int) -> dict[str, str]:
+def _death(run: Path, code: int, said: str) -> dict[str, str]:
     """Kind and message of a job that ended without scores and without a word of its own."""
-    last = next(reversed(runs.tail(run / "run.log", 1)), "")
+    last = said or next(reversed(runs.tail(run / "run.log", 1)), "")
+    code = 128 - code if 128 < code <= 128 + max(signal.Signals) else code  # how a launcher tells of its rank's signal
     if code == -signal.SIGKILL:
         return {"kind": "killed", "message": "killed (out of memory?)"}
     if code < 0:
         return {"kind": "signal", "message": f"signal {-code} ({signal.Signals(-code).name})"}
-    return {"kind": "error", "message": f"exit status {code}: {last[:300]}"}
+    if code == PREEMPTED:
+        return {"kind": "interrupted", "message": "interrupted; the same command goes on with it"}
+    where = "before the job began, " if said else ""
+    return {"kind": "error", "message": f"{where}exit status {code}: {last[:300]}"}
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, however it dies."""
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent, a process of that id, dies, however it dies."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it was asked for
+        os._exit(1)

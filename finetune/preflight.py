@@ -1,10 +1,14 @@
 """The checks that need the libraries, in one process before a sweep starts: data, optimizer, adapter arguments.
 
-Reads a JSON list of {model, method, task, optim, scale} from standard input; writes {"wrong": [...], "num_gpus": N}.
+Reads a JSON list of {model, method, task, optim, scale} from standard input; writes {"wrong": [...], "num_gpus": N,
+"data": {task as JSON: hash of its content}}.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -20,19 +24,48 @@ def main() -> None:
     """Check every distinct part once."""
     found: dict[str, None] = {}
     seen: set[str] = set()
+    data: dict[str, str] = {}
+
+    def read(task: Mapping[str, Any]) -> None:
+        data[json.dumps(task, sort_keys=True)] = rows.load(task).data_hash
+
     for part in json.load(sys.stdin):
-        for check, what in ((rows.load, part["task"]), (build, part["method"])):
+        for check, what in ((read, part["task"]), (build, part["method"]), (optimizer, part["optim"])):
             key = json.dumps([check.__qualname__, what], sort_keys=True)
             if key not in seen:
                 seen.add(key)
                 found.update(dict.fromkeys(_problems(check, what)))
-    json.dump({"wrong": list(found), "num_gpus": torch.cuda.device_count()}, sys.stdout)
+    json.dump({"wrong": list(found), "num_gpus": torch.cuda.device_count(), "data": data}, sys.stdout)
+
+
+def optimizer(optim: Mapping[str, Any]) -> None:
+    """Raise ValueError for an optimizer that is none, or that does not take the arguments."""
+    target = optim["optimizer"]["_target_"]
+    module, _, name = target.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None)
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        known = [n for n, c in vars(importlib.import_module(module)).items() if inspect.isclass(c)]
+        raise ValueError(f"optim.optimizer._target_={target} is no optimizer{_near(name, known)}")
+    takes = list(inspect.signature(found).parameters)[1:]
+    for key in optim["optimizer"]:
+        if key == "lr":
+            raise ValueError("optim.optimizer.lr: the learning rate is optim.lr, or the method's own")
+        if key not in (*takes, "_target_"):
+            raise ValueError(f"optim.optimizer.{key}: {target} takes no such argument{_near(key, takes)}")
+
+
+def _near(word: str, known: list[str]) -> str:
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), folded, n=1)
+    return (
+        f"; did you mean {folded[close[0]]}?" if close else f"; it takes {', '.join(known)}" if len(known) < 30 else ""
+    )
 
 
 def _problems(check: Callable[[Mapping[str, Any]], object], what: Mapping[str, Any]) -> list[str]:
     try:
         check(what)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         return str(error).splitlines()
     return []
 

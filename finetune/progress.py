@@ -46,6 +46,10 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bars.stop()
 
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
     def watch(self, name: str, run: Path) -> None:
         """Show where the job in `run` stands, from its own files."""
         if self.bars.disable:

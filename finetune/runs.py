@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-import socket
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,15 +18,14 @@ from typing import Any, Literal
 
 import yaml
 
+from finetune import claims
+
 State = Literal["done", "unsupported", "running", "failed", "unfinished"]
 
 MAX_NAME = 99  # bytes; file systems allow 255, and a name must stay readable in a table
 DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw", "launch": "process"}
+DATA_FILES = ("task.source.path", "task.source.valid_path")
 NAMELESS = ("launch", "wandb", "study", "seed", "data_dir", "experiment", "hydra")
-
-
-class Taken(Exception):
-    """Another process works on this folder."""
 
 
 def folder(root: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> Path:
@@ -48,6 +47,8 @@ def names(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, str
         if group in NAMELESS or key in suffixes or value == DEFAULT_CHOICES.get(key):
             continue
         owner = group if group in suffixes else "method"
+        if key in DATA_FILES:
+            value = value.rpartition("/")[2]  # data may move
         suffixes[owner].append(f"{key.removeprefix(owner + '.')}={value}")
     task, model, method = (_name(config[owner]["name"], parts) for owner, parts in suffixes.items())
     return task, model, method
@@ -74,29 +75,27 @@ def state(run: Path) -> State:
         return "done"
     if (run / "unsupported.json").exists():
         return "unsupported"
-    if (run / "owner.json").exists() and _alive(run):
+    if claims.lives(run):
         return "running"
     return "failed" if (run / "failure.json").exists() else "unfinished"
 
 
 def claim(run: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder ours: `owner.json` is created exclusively, then `config.yaml` written; raises `Taken`."""
+    """Make the folder ours and write its `config.yaml`; raises `claims.Taken`."""
     run.mkdir(parents=True, exist_ok=True)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
-    if (run / "owner.json").exists() and not _alive(run):
-        (run / "owner.json").unlink(missing_ok=True)
-    try:
-        with (run / "owner.json").open("x") as file:
-            json.dump(owner, file)
-    except FileExistsError:
-        raise Taken(f"{run}: another process works on it ({(run / 'owner.json').read_text()})") from None
+    claims.take(run)
+    begin(run, config)
+
+
+def begin(run: Path, config: Mapping[str, Any]) -> None:
+    """A new attempt in a claimed folder: `config.yaml`, and the failure of the attempt before is numbered."""
     _keep_old(run / "failure.json")
     write_text(run / "config.yaml", yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False))
 
 
 def release(run: Path) -> None:
-    """Give the folder back."""
-    (run / "owner.json").unlink(missing_ok=True)
+    """Give the folder back, if it is ours."""
+    claims.release(run)
 
 
 def clear(run: Path) -> None:
@@ -143,7 +142,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all: to a neighbour, to the disk, then by rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")  # pids repeat on another host
     try:
         with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
@@ -178,20 +177,6 @@ def owned(run: Path, config: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         release(run)
-
-
-def _alive(run: Path) -> bool:
-    """Does the owner still live? An owner on another host is believed to."""
-    try:
-        owner = json.loads((run / "owner.json").read_text())
-        if owner["host"] != socket.gethostname():
-            return True
-        os.kill(int(owner["pid"]), 0)
-    except (FileNotFoundError, ProcessLookupError, ValueError, KeyError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _keep_old(path: Path) -> None:

@@ -294,5 +294,5 @@ def _fail(run: Path, error: BaseException) -> None:
 
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: its launcher gave it a session of its own
-        die_with_parent()
+        die_with_parent(os.getppid())
     main(Path(sys.argv[1]))

@@ -21,8 +21,9 @@ def main() -> None:
     """Serve until the input ends."""
     for line in sys.stdin:
         job = json.loads(line)
-        pid = os.fork()
+        here, pid = os.getpid(), os.fork()
         if pid == 0:
+            die_with_parent(here)
             _become(Path(job["run"]), threads=job["threads"])
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -31,7 +32,6 @@ def main() -> None:
 def _become(run: Path, *, threads: int) -> None:
     """Turn this fork into the job: its log is run.log, its input is empty."""
     os.setsid()
-    die_with_parent()
     with (run / "run.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)

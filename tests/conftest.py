@@ -8,7 +8,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 
-pytest_plugins = ["report_runs"]  # run folders written by hand
+pytest_plugins = ["report_runs", "grids"]  # run folders written by hand; commands on real processes
 
 
 def tiny_base(architecture: str, *, seed: int = 0, vocab_size: int = 96):

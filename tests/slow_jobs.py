@@ -18,6 +18,7 @@ import transformers
 import transformers.models.qwen2.modeling_qwen2
 
 from finetune import worker
+from finetune.launch import die_with_parent
 from finetune.scores.segment import segment
 
 
@@ -46,8 +47,10 @@ def slow_down(run, *, slow, room):
 
 def start(job, *, rank, port):
     """Fork one rank of a job; its process id."""
+    here = os.getpid()
     pid = os.fork()
     if pid == 0:
+        die_with_parent(here)
         if job["ranks"] > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")

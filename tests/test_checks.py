@@ -193,6 +193,34 @@ def test_a_check_that_breaks_does_not_end_the_run(examples, tmp_path):
     assert found["reload"] == {"ok": False, "note": "the check itself failed: OSError: no such file"}
 
 
+def test_a_measurement_that_breaks_costs_its_checks_and_not_the_run(examples, tmp_path):
+    """After hours of training the memory may be short by a few MiB, or a weight no number."""
+
+    class Greedy(Peft):
+        def after_step(self, model, step):
+            def no_memory(*_):
+                raise torch.OutOfMemoryError("by a few MiB")
+
+            if step == 20:
+                model.register_forward_hook(no_memory)
+
+    found = guarded(Greedy(lora()), examples, tmp_path)
+    assert {check["note"] for check in found.values()} == {"no memory left for this check"}
+    assert all(check["ok"] is None for check in found.values())
+
+
+def test_weights_that_are_no_numbers_are_a_finding_that_json_can_hold(examples, tmp_path):
+    class Broken(Peft):
+        def after_step(self, model, step):
+            if step == 20:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    found = guarded(Broken(lora()), examples, tmp_path)
+    json.dumps(found, allow_nan=False)
+    assert [found[name]["ok"] for name in ("logits", "loss", "reload")] == [False, False, False]
+
+
 def test_measuring_changes_neither_weights_nor_random_numbers(examples):
     probe, base = probe_of(examples), tiny_base("llama")
     torch.manual_seed(7)

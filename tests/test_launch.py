@@ -1,10 +1,17 @@
 """How a machine is shared among the cells that run at once."""
 
+import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from finetune.launch import shares
+from finetune.launch import Slot, end, shares
+
+ROOT = Path(__file__).parent.parent
 
 ONE = {"num_processes": 1, "jobs": None, "device": "auto"}
 
@@ -15,6 +22,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr("finetune.launch.BYTES_A_CELL", 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +38,54 @@ def machine(monkeypatch):
 )
 def test_cells_share_the_cores(launch, miniature, cells, threads):
     assert shares(launch, num_gpus=0, miniature=miniature) == [{"OMP_NUM_THREADS": str(threads)}] * cells
+
+
+@pytest.mark.parametrize(("launch", "threads"), [(ONE, 1), (ONE | {"jobs": 2}, 3)], ids=["shared", "the-person-shares"])
+def test_the_persons_threads_count_where_the_person_shares_the_cores(monkeypatch, launch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = shares(launch, num_gpus=0, miniature=True)
+    assert {share["OMP_NUM_THREADS"] for share in found} == {str(threads)}
+
+
+def test_a_job_sees_its_share_and_not_the_persons_threads(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    slot = Slot({"OMP_NUM_THREADS": "3"}, forks=False)
+    job = slot.start(tmp_path, {"num_processes": 1})
+    try:
+        found = Path(f"/proc/{job.process.pid}/environ").read_text().split("\0")
+        assert "OMP_NUM_THREADS=3" in found
+        assert "OMP_NUM_THREADS=64" not in found
+    finally:
+        end(job)
+
+
+def test_a_worker_that_cannot_begin_says_why(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart is broken')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("finetune.launch._environment", lambda share: {**os.environ})
+    slot = Slot({"OMP_NUM_THREADS": "1"}, forks=True)
+    try:
+        run = tmp_path / "run"
+        run.mkdir()
+        job = slot.start(run, {"num_processes": 1})
+        deadline = time.monotonic() + 60
+        while not job.ended():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        said = json.loads((run / "failure.json").read_text())
+        assert said["kind"] == "error"
+        assert "before the job began" in said["message"]
+        assert "libcudart is broken" in said["message"]
+    finally:
+        slot.close()
+
+
+def test_a_process_whose_parent_is_gone_already_ends(tmp_path):
+    """Between fork and the request to die with the parent the parent may die: nobody would tell the child."""
+    code = f"import os; from finetune.launch import die_with_parent; die_with_parent({os.getpid() + 1}); print('alive')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout == ""
+    assert found.returncode == 1
 
 
 def test_memory_bounds_the_number_of_cells(monkeypatch):

@@ -1,71 +1,14 @@
 """The command line on real processes: grids of tiny cells on a base that is made here."""
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from report_runs import write_base
-
-ROOT = Path(__file__).parent.parent
-QUICK = (
-    "optim.max_steps=3",
-    "task.train_rows=12",
-    "task.valid_rows=6",
-    "wandb.mode=disabled",
-    "evaluate.max_new_tokens=4",
-)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A random Qwen2 base as a folder."""
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-def _from_a_terminal():
-    """A shell starts what runs in the background with Ctrl-C ignored; a person's command is not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.fixture
-def command(tmp_path, base):
-    """Runs `python -m finetune` in an empty folder on the tiny base."""
-
-    def run(*words, start=False, **environment):
-        line = [sys.executable, "-m", "finetune", *QUICK, f"model.path={base}", "model.linear=[q_proj,v_proj]", *words]
-        known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        how = {"cwd": tmp_path, "env": known, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        how["preexec_fn"] = _from_a_terminal
-        if not start:
-            return subprocess.run(line, check=False, timeout=300, **how)
-        started.append(subprocess.Popen(line, **how))
-        return started[-1]
-
-    started = []
-    yield run
-    for process in started:
-        process.kill()
-
-
-def folders(tmp_path):
-    return [path.parent for path in sorted(tmp_path.glob("multirun/*/*/*/*/seed*/config.yaml"))]
-
-
-def processes_in(folder):
-    """The processes that work in a folder, with their command lines."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cwd").readlink() == folder:
-                found[process] = (process / "cmdline").read_text()
-    return found
+from grids import ENDLESS, ROOT, descendants, failure, folders, processes_in, wait_for_file
 
 
 def times(folder):
@@ -126,8 +69,10 @@ def test_methods_that_only_ask_the_base(command, tmp_path):
         (["task=jsonl", "task.source.path=bad.jsonl"], "bad.jsonl"),
         (["model=qwenn"], "did you mean qwen"),
         (["method.adapter.rank=3"], "rank"),
+        (["+optim.optimizer.weight_decy=0.1"], "did you mean weight_decay"),
+        (["optim.optimizer._target_=torch.optim.Adamw"], "did you mean AdamW"),
     ],
-    ids=["missing-file", "row-without-target", "unknown-model", "unknown-argument"],
+    ids=["missing-file", "row-without-target", "unknown-model", "argument", "optimizer-argument", "optimizer"],
 )
 def test_nothing_starts_on_bad_input(command, tmp_path, words, said):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "c"}\n')
@@ -148,26 +93,42 @@ def test_a_base_that_cannot_be_fetched_fails_its_cell_quickly(command, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "wait"),
-    [(signal.SIGTERM, 75, "train"), (signal.SIGINT, 130, "train"), (signal.SIGKILL, -9, "train")],
-    ids=["terminated", "interrupted", "killed"],
+    ("number", "status"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+    ids=["terminated", "warned-by-slurm", "interrupted", "killed"],
 )
-def test_no_orphans_when_the_sweep_ends_early(command, tmp_path, number, status, wait):
-    sweep = command("-m", "method=lora,prompt", "optim.max_steps=100000", start=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("multirun/*/*/*/*/seed1/steps.jsonl")):
-        assert time.monotonic() < deadline
-        assert sweep.poll() is None, sweep.communicate()
-        time.sleep(0.2)
+def test_no_orphans_when_the_sweep_ends_early(command, tmp_path, number, status):
+    sweep = command("-m", "method=lora,prompt", *ENDLESS, start=True)
+    wait_for_file(tmp_path, "multirun/*/*/*/*/seed1/steps.jsonl", while_runs=sweep)
+    below = descendants(sweep)
     sweep.send_signal(number)
-    sweep.communicate(timeout=60)
+    errors = sweep.communicate(timeout=60)[1]
     assert sweep.returncode == status
-    time.sleep(1 if number == signal.SIGKILL else 0)
+    assert "Traceback" not in errors
+    assert psutil.wait_procs(below, timeout=5)[1] == []
     assert processes_in(tmp_path) == {}
-    [folder] = folders(tmp_path)
-    if number != signal.SIGKILL:
-        assert json.loads((folder / "failure.json").read_text())["kind"] == "interrupted"
+    for folder in folders(tmp_path) if number != signal.SIGKILL else ():
+        assert failure(folder)["kind"] == "interrupted"
         assert not (folder / "owner.json").exists()
+
+
+def test_a_second_interrupt_ends_at_once(command, tmp_path, fault):
+    """A job that hears no SIGTERM gets forty seconds, unless the person has none."""
+    sweep = command("method=lora", *ENDLESS, start=True, **fault(**{"steps.jsonl": "deaf"}))
+    wait_for_file(tmp_path, "multirun/*/*/*/*/seed1/steps.jsonl", while_runs=sweep)
+    below = descendants(sweep)
+    sweep.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert sweep.poll() is None
+    began = time.monotonic()
+    sweep.send_signal(signal.SIGINT)
+    errors = sweep.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 15
+    assert sweep.returncode == 130
+    assert "Traceback" not in errors
+    assert psutil.wait_procs(below, timeout=5)[1] == []
+    [folder] = folders(tmp_path)
+    assert failure(folder)["kind"] == "interrupted"
 
 
 def test_two_ranks_train_as_one(command, tmp_path):
@@ -200,27 +161,22 @@ def test_a_wrong_number_of_processes_is_refused(tmp_path, base, command):
     assert command("method=none").returncode == 0
     [folder] = folders(tmp_path)
     (folder / "scores.json").unlink()
-    text = (folder / "config.yaml").read_text().replace("num_processes: 1", "num_processes: 3")
+    text = (folder / "config.yaml").read_text().replace("num_processes: 1", "num_processes: 2")
     (folder / "config.yaml").write_text(text)
     job = [sys.executable, "-m", "finetune.train", str(folder)]
     result = subprocess.run(job, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1
-    assert "launch.num_processes=3, but 1" in result.stdout
+    assert "launch.num_processes=2, but 1" in result.stdout
 
 
 def test_a_killed_worker_loses_one_cell(command, tmp_path):
-    sweep = command(
-        "-m", "method=lora,none", "optim.max_steps=100000", "optim.epochs=1000", "launch.jobs=1", start=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("multirun/*/*/*/lora*/seed1/steps.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    sweep = command("-m", "method=lora,none", *ENDLESS, "launch.jobs=1", start=True)
+    wait_for_file(tmp_path, "multirun/*/*/*/lora*/seed1/steps.jsonl", while_runs=sweep)
     [worker] = psutil.Process(sweep.pid).children()
     worker.kill()
     sweep.communicate(timeout=120)
     assert sweep.returncode == 1
-    [failure] = tmp_path.glob("multirun/*/*/*/lora*/seed1/failure.json")
-    assert json.loads(failure.read_text())["kind"] == "killed"
+    [folder] = tmp_path.glob("multirun/*/*/*/lora*/seed1")
+    assert failure(folder)["kind"] == "killed"
     assert len(list(tmp_path.glob("multirun/*/*/*/none*/seed1/scores.json"))) == 1
     assert processes_in(tmp_path) == {}

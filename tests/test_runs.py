@@ -1,8 +1,4 @@
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -21,8 +17,9 @@ CONFIG = {"study": "main", "seed": 3, "model": {"name": "qwen"}, "method": {"nam
         (["optim.epochs=1", "scale=small"], ("clinic", "qwen", "lora+optim.epochs=1+scale=small")),
         (["scale=tiny", "optim=adamw", "launch.num_processes=2", "wandb.mode=disabled"], ("clinic", "qwen", "lora")),
         (["+experiment=original"], ("clinic", "qwen", "lora")),
+        (["task.source.path=/data/2024/rows.jsonl"], ("clinic+source.path=rows.jsonl", "qwen", "lora")),
     ],
-    ids=["plain", "choices", "adapter", "owners", "others", "defaults", "experiment"],
+    ids=["plain", "choices", "adapter", "owners", "others", "defaults", "experiment", "data-may-move"],
 )
 def test_names_say_what_is_not_the_default(overrides, expected):
     assert runs.names(CONFIG, overrides) == expected
@@ -52,19 +49,6 @@ def test_the_files_are_the_state(tmp_path):
     runs.write_json(tmp_path / "scores.json", {})
     assert runs.state(tmp_path) == "done"
     assert runs.read_config(tmp_path) == CONFIG
-
-
-def test_a_claim_has_one_owner(tmp_path):
-    runs.claim(tmp_path, CONFIG)
-    with pytest.raises(runs.Taken, match="another process"):
-        runs.claim(tmp_path, CONFIG)
-
-
-def test_a_dead_owner_is_replaced(tmp_path):
-    pid = int(subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True).stdout)
-    (tmp_path / "owner.json").write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
-    runs.claim(tmp_path, CONFIG)
-    assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
 
 
 def test_failures_are_kept(tmp_path):

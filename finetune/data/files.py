@@ -3,11 +3,19 @@
 import codecs
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MAX_LISTED = 20  # problems shown of one file: a wrong file is wrong in every row
+
+
+class BadRows(ValueError):
+    """Some rows are wrong; the message lists the first and counts them, `kept` are the others."""
+
+    def __init__(self, problems: Sequence[str], kept: Sequence[Any]) -> None:
+        super().__init__(listed(problems))
+        self.problems, self.kept = list(problems), list(kept)
 
 
 def read_text(path: str, *, encoding: str) -> str:
@@ -33,12 +41,23 @@ def refuse(problem: str) -> NoReturn:
     raise ValueError(problem)
 
 
-def refuse_all(problems: list[str]) -> None:
+def refuse_all(problems: Sequence[str]) -> None:
     """Raise the first problems together with how many there are; nothing when there are none."""
     if problems:
-        more = len(problems) - MAX_LISTED
-        listed = "\n".join(problems[:MAX_LISTED]) + (f"\nand {more} more" if more > 0 else "")
-        refuse(listed if len(problems) == 1 else f"{len(problems)} problems:\n{listed}")
+        refuse(listed(problems))
+
+
+def refuse_rows(problems: Sequence[str], *, kept: Sequence[Any]) -> None:
+    """Raise `BadRows`; nothing when no row is wrong."""
+    if problems:
+        raise BadRows(problems, kept)
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first problems, a line each, and how many there are."""
+    more = len(problems) - MAX_LISTED
+    lines = "\n".join(problems[:MAX_LISTED]) + (f"\nand {more} more" if more > 0 else "")
+    return lines if len(problems) == 1 else f"{len(problems)} problems:\n{lines}"
 
 
 def _read_bytes(path: str) -> bytes:

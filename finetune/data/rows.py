@@ -3,16 +3,19 @@
 Row order is part of the contract: both sides keep the order of the file.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.data import sources, split, templates
-from finetune.data.files import near, refuse, refuse_all
+from finetune.data.files import BadRows, listed, near, refuse, refuse_all, refuse_rows
 from finetune.data.sources import Item
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,21 @@ class Split:
     notes: dict[str, int]  # counts of rows; see `load`
     data_hash: str  # of everything in the source, whatever its encoding and whether used or not
     templates_hash: str  # of `fields` and `version`
+    bad: tuple[str, ...] = ()  # what is wrong with the rows that were left out, by file and line
 
 
 def load(task: Mapping[str, Any]) -> Split:
     """The rows of a `task` configuration (plain containers); ValueError lists what is wrong with it or with its data.
 
-    Notes: rows `read`, `skipped` as empty, `train`, `valid`, `leaks` (validation prompts, with their history, that
-    occur in training), `dropped` of these, `duplicates` (prompt, history and target occurred before).
+    Notes: rows `read`, `bad` ones left out, `skipped` as empty, `train`, `valid`, `leaks` (validation prompts, with
+    their history, that occur in training), `dropped` of these, `duplicates` (prompt, history and target occurred
+    before).
     """
     fields = task["fields"] or {}
     forms = [fields, *({**fields, "prompt": template} for template in task.get("rewordings") or ())]
     refuse_all([problem for form in forms for problem in templates.problems(form)])
     files = _files(task["source"])
-    items = [sources.read(file) for file in files]
-    rows = [_rows(some, task=task, file=file) for some, file in zip(items, files, strict=True)]
+    items, rows, bad, num_read = _good(files, task=task)
     train, valid = _sides(rows, task=task)
     known = {_question(row) for row in train}
     new = [row for row in valid if _question(row) not in known]
@@ -58,12 +62,13 @@ def load(task: Mapping[str, Any]) -> Split:
     if not kept:
         refuse(f"task.drop_leaks leaves no validation rows: all {len(valid)} occur in training")
     pairs = [(*_question(row), row.target) for row in (*train, *kept)]
-    num_items, num_rows = sum(map(len, items)), sum(map(len, rows))
-    counts = {"read": num_items, "skipped": num_items - num_rows, "train": len(train), "valid": len(kept)}
+    counts = {"read": num_read, "bad": len(bad), "skipped": num_read - len(bad) - sum(map(len, rows))}
+    counts |= {"train": len(train), "valid": len(kept)}
     counts |= {"leaks": len(valid) - len(new), "dropped": len(valid) - len(kept)}
     counts |= {"duplicates": len(pairs) - len(set(pairs))}
     content = _hash([[item.values for item in some] for some in items])
-    return Split(tuple(train), tuple(kept), counts, content, _hash([task["version"], dict(task["fields"])]))
+    forms_hash = _hash([task["version"], dict(task["fields"])])
+    return Split(tuple(train), tuple(kept), counts, content, forms_hash, tuple(bad))
 
 
 def reworded(task: Mapping[str, Any], template: str) -> tuple[Row, ...]:
@@ -81,6 +86,38 @@ def _files(source: Mapping[str, Any]) -> list[dict[str, Any]]:
     if Path(str(valid_path)).resolve() == Path(str(one.get("path"))).resolve():
         refuse(f"task.source.path and task.source.valid_path are the same file: {valid_path}")
     return [one, {**one, "path": valid_path}]
+
+
+def _good(
+    files: list[dict[str, Any]], *, task: Mapping[str, Any]
+) -> tuple[list[list[Item]], list[list[Row]], list[str], int]:
+    """Items and good rows of every file, what is wrong with the others, and how many there are; or ValueError."""
+    items: list[list[Item]] = []
+    rows: list[list[Row]] = []
+    bad: list[str] = []
+    total = 0
+    for file in files:
+        some, unread = _kept(functools.partial(sources.read, file))
+        if not some:
+            refuse_all(unread)
+        made, wrong = _kept(functools.partial(_rows, some, task=task, file=file))
+        items.append(some)
+        rows.append(made)
+        bad += [*unread, *wrong]
+        total += len(some) + len(unread)
+    if task.get("on_bad_row", "refuse") == "refuse":
+        refuse_all(bad)
+    if len(bad) > (limit := task.get("max_bad_share", 0)) * total:
+        refuse(f"{len(bad)} of {total} rows are wrong, more than task.max_bad_share={limit}:\n{listed(bad)}")
+    return items, rows, bad, total
+
+
+def _kept(read: Callable[[], list[T]]) -> tuple[list[T], list[str]]:
+    """What is good of it, and what is wrong with the rest."""
+    try:
+        return read(), []
+    except BadRows as error:
+        return error.kept, error.problems
 
 
 def _sides(rows: list[list[Row]], *, task: Mapping[str, Any]) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -129,7 +166,7 @@ def _rows(items: list[Item], *, task: Mapping[str, Any], file: Mapping[str, Any]
             rows += [] if empty else [row]
         except ValueError as error:
             problems.append(f"{origin}:{place}: {error}")
-    refuse_all(problems)
+    refuse_rows(problems, kept=rows)
     return rows
 
 

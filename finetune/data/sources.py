@@ -1,7 +1,8 @@
 """Files -> items: one dict per row and the line it starts on. Standard library only, so that errors name file and line.
 
 A reader takes plain keywords from `task.source` and returns a list of `Item`s in file order; whatever is wrong with the
-file is raised as one ValueError that lists the first problems and says what to do.
+file is raised as one ValueError that lists the first problems and says what to do. Where only some rows are wrong it is
+a `BadRows`, which holds the others.
 """
 
 import csv as csv_format
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.files import near, read_text, refuse, refuse_all
+from finetune.data.files import near, read_text, refuse, refuse_all, refuse_rows
 
 READERS = tuple(
     f"finetune.data.{name}" for name in ("clinic.read", "sources.csv", "sources.json_lines", "sources.json_list")
@@ -69,7 +70,7 @@ def json_lines(*, path: str, encoding: str = "utf-8") -> list[Item]:
                 items.append(Item(_as_object(_decoder.decode(content.strip())), line))
             except (ValueError, RecursionError) as error:
                 problems.append(f"{path}:{line}: {_explain(error)}")
-    refuse_all(problems)
+    refuse_rows(problems, kept=items)
     return items or refuse(f"{path} is empty")
 
 
@@ -83,6 +84,7 @@ def json_list(*, path: str, encoding: str = "utf-8") -> list[Item]:
         refuse(f"{path} starts like {found}, expected a JSON list of objects{hint}")
     items: list[Item] = []
     problems: list[str] = []
+    whole = False
     line, counted = 1, 0
     try:
         position = _skip(text, position + 1)
@@ -97,10 +99,13 @@ def json_list(*, path: str, encoding: str = "utf-8") -> list[Item]:
             closed, position = _after_element(text, position)
         if _skip(text, position + 1) < len(text):
             raise json.JSONDecodeError("more text after the end of the list", text, _skip(text, position + 1))
+        whole = True
     except (ValueError, RecursionError, IndexError) as error:
         where = error.lineno if isinstance(error, json.JSONDecodeError) else line
         problems.append(f"{path}:{where}: {_explain(error)}")
-    refuse_all(problems)
+    if not whole:  # what follows the damage is unknown: no single row is wrong
+        refuse_all(problems)
+    refuse_rows(problems, kept=items)
     return items or refuse(f"{path} holds an empty list")
 
 
@@ -125,7 +130,8 @@ def csv(*, path: str, encoding: str = "utf-8") -> list[Item]:
             start = reader.line_num + 1
     except csv_format.Error as error:
         problems.append(f"{path}:{start}: {error}; is the quotation mark that opens a value of this row closed?")
-    refuse_all(problems)
+        refuse_all(problems)
+    refuse_rows(problems, kept=items)
     return items or refuse(f"{path} has a line of column names and no rows")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from peft import PeftConfig
 
 from finetune.methods.method import Method
 from finetune.methods.peft import Peft
@@ -14,9 +15,24 @@ from finetune.methods.peft import Peft
 
 def build(config: Mapping[str, Any]) -> Method:
     """The method that `config` (the `method` section) describes; raises ValueError for arguments that do not fit."""
+    arguments = {key: value for key, value in config["adapter"].items() if key != "_target_"}
+    found = _class(config["adapter"]["_target_"])
     try:
-        # Not recursive: a `_target_` further down is not checked against the allowed ones and must stay data.
-        adapter = instantiate(dict(config["adapter"]), _convert_="object", _recursive_=False)
-    except InstantiationException as error:
-        raise ValueError(f"method.adapter of {config['name']}: {error.__cause__ or error}") from None
+        adapter = found(**arguments)
+    except Exception as error:  # whatever a library's own checks raise
+        raise ValueError(f"method.adapter of {config['name']}: {type(error).__name__}: {error}") from error
     return adapter if isinstance(adapter, Method) else Peft(adapter)
+
+
+def _class(target: str) -> type[Method] | type[PeftConfig]:
+    """A config class of PEFT or a `Method` of this package: nothing else is called, whatever a configuration says."""
+    module, _, name = str(target).rpartition(".")
+    ours = module.startswith("finetune.methods.") and module.count(".") == 2
+    if module == "peft" or ours:
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ModuleNotFoundError:
+            found = None
+        if inspect.isclass(found) and issubclass(found, (Method, PeftConfig)):
+            return found
+    raise ValueError(f"method.adapter._target_={target} is neither a config of PEFT nor a method of this package")

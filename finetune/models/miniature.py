@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 from finetune.data import clinic, corpus
-from finetune.models import start
+from finetune.models import sources, start
 from finetune.models.muon import Muon
 
 EOS, PAD = "<eos>", "<pad>"
@@ -86,17 +86,30 @@ def build(architecture: str, *, cache: Path | None = None, log: Callable[[str], 
 def make(recipe: Recipe, *, name: str, cache: Path, log: Callable[[str], Any] = print) -> Path:
     """The folder of the recipe's base under `cache`; of several processes that want it one makes it."""
     folder = cache / "miniatures" / f"{name}-{recipe.key()}"
-    if folder.exists():
+    if _whole(folder):
         return folder
     base = make(recipe.extends, name=recipe.extends.architecture, cache=cache, log=log) if recipe.extends else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        if not _whole(folder):
+            if folder.exists():
+                log(f"{folder} is damaged, and made anew")
+                shutil.rmtree(folder)
             draft = folder.with_name(f"{folder.name}.draft")
             shutil.rmtree(draft, ignore_errors=True)  # what a killed process left
             _write(recipe, draft, base=base, log=log)
             draft.rename(folder)
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Are all files there, and the weights as long as they say? A disk that filled up or a copy may have cut them."""
+    try:
+        json.loads((folder / "tokenizer.json").read_bytes())
+        there = (folder / "recipe.json").stat().st_size > 0
+        return there and bool(sources.weight_files(sources.Source(str(folder), folder)))
+    except (OSError, ValueError):
+        return False
 
 
 def _write(recipe: Recipe, folder: Path, *, base: Path | None, log: Callable[[str], Any]) -> None:

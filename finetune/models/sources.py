@@ -165,8 +165,8 @@ def _file_hash(file: Path) -> str:
     real, status = file.resolve(), file.stat()
     key = hashlib.sha256(f"{real}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()[:32]
     note = cache_folder() / "hashes" / key
-    if note.is_file():
-        return note.read_text()
+    if note.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := note.read_text(errors="replace")):
+        return known
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     with contextlib.suppress(OSError):  # only a memory: a full or read-only cache costs time, not the run

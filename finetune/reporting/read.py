@@ -37,6 +37,7 @@ class Run:
     loss: Numbers = field(default_factory=dict)  # nats; `rise`: from the best validation to the end
     forgetting: Numbers = field(default_factory=dict)  # nats on general text: base, tuned, and their difference `rise`
     rewording: Numbers = field(default_factory=dict)
+    notes: Numbers = field(default_factory=dict)  # what was counted of the data
     failed_checks: Mapping[str, str] = field(default_factory=dict)  # name -> what it found
     scorer: str | None = None  # equal where scores mean the same
 
@@ -92,6 +93,7 @@ def read(folder: Path) -> Run:
         state=state,
         weights=weights,
         data=data,
+        notes=_notes(folder),
         **outcome,
     )
 
@@ -144,6 +146,13 @@ def _reason(folder: Path, state: str) -> str:
     except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return ": ".join(str(record[key]) for key in keys if record.get(key))
+
+
+def _notes(folder: Path) -> dict[str, float]:
+    try:
+        return _numbers(_json(folder / "environment.json").get("notes"))
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def _hashes(folder: Path) -> tuple[str | None, str | None]:

@@ -12,7 +12,7 @@ from finetune.reporting.compare import Comparison, compare_cells
 from finetune.reporting.read import LeftOut, Run
 from finetune.reporting.rows import RowScores, read_scores
 from finetune.reporting.standings import standing_tables
-from finetune.reporting.tables import Table, checks_tables, reasons_tables, study_tables
+from finetune.reporting.tables import Table, checks_tables, data_tables, reasons_tables, study_tables
 
 NOTES = """\
 ROUGE is F1 in percent {convention}; `report.csv` has the other conventions and every other score. Scores are means over
@@ -46,7 +46,8 @@ def make_study(folder: Path, *, runs: Sequence[Run], left_out: Sequence[LeftOut]
 def tables(study: Study) -> list[Table]:
     """Every table, in the order of the report."""
     scores = study_tables(study.cells, convention=study.convention)
-    return [*scores, *standing_tables(study.comparisons), *checks_tables(study.cells), *reasons_tables(study.cells)]
+    found = [*scores, *standing_tables(study.comparisons), *data_tables(study.cells)]
+    return [*found, *checks_tables(study.cells), *reasons_tables(study.cells)]
 
 
 def summary(study: Study) -> str:

@@ -115,6 +115,32 @@ def checks_tables(cells: Sequence[Cell]) -> list[Table]:
     return [Table("", "Failed checks", header, tuple(rows), num_names=len(header))] if rows else []
 
 
+DATA = {
+    "train": "training rows",
+    "valid": "validation rows",
+    "bad": "wrong, left out",
+    "skipped": "empty, left out",
+    "duplicates": "duplicates",
+    "leaks": "validation rows seen in training",
+    "dropped": "of these left out",
+    "prompts_cut": "prompts cut",
+    "targets_cut": "targets cut",
+}
+
+
+def data_tables(cells: Sequence[Cell]) -> list[Table]:
+    """One table of what was counted of the data; bases and methods that read them alike share a line."""
+    lines: dict[tuple[str, ...], Path] = {}
+    for run in (run for cell in cells for run in cell.runs if run.notes):
+        counts = tuple(f"{run.notes[key]:.0f}" if key in run.notes else "–" for key in DATA)
+        lines.setdefault((run.task, run.model, *counts), run.folder)
+    rows = [
+        (Entry(task), Entry(model, folder), *map(Entry, counts)) for (task, model, *counts), folder in lines.items()
+    ]
+    header = ("task", "model", *DATA.values())
+    return [Table("", "Data", header, tuple(rows), is_detail=True)] if rows else []
+
+
 def num_seeds(cell: Cell) -> str:
     """`3`, or `2 of 3` when a seed is not done."""
     total, finished = len(cell.runs), len(done(cell))

@@ -71,6 +71,7 @@ def test_order_is_kept_no_row_is_on_both_sides_and_the_counts_are_right(tmp_path
     used = [pairs[line - 1] for side in lines for line in side]
     assert split.notes == {
         "read": len(pairs),
+        "bad": 0,
         "skipped": 0,
         "train": len(split.train),
         "valid": len(split.valid),
@@ -248,7 +249,7 @@ def test_a_generator_fixes_the_sides_and_only_chooses_among_them(generator):
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 KEYS = {"name", "version", "source", "fields", "only", "train_rows", "valid_rows", "valid_fraction", "skip_empty"}
-KEYS |= {"rewordings", "drop_leaks", "max_prompt_tokens", "max_target_tokens"}
+KEYS |= {"rewordings", "on_bad_row", "max_bad_share", "drop_leaks", "max_prompt_tokens", "max_target_tokens"}
 
 
 def committed(name, **overrides):

@@ -5,7 +5,7 @@ import pytest
 from finetune.reporting import columns as shown_columns
 from finetune.reporting.cells import to_cells
 from finetune.reporting.read import read_all
-from finetune.reporting.tables import checks_tables, make_table, reasons_tables, study_tables
+from finetune.reporting.tables import checks_tables, data_tables, make_table, reasons_tables, study_tables
 
 
 @pytest.fixture
@@ -150,3 +150,30 @@ def test_what_is_wrong_with_many_answers_is_marked(make_run, multirun):
     (folder / "scores.json").write_text(json.dumps(record))
     entries = by_title(to_cells(read_all(multirun)[0]))["clinic: health of the output"].rows[1]
     assert [entry.alarm for entry in entries[3:]] == [False, False, True]
+
+
+def test_what_was_counted_of_the_data_is_one_line_for_runs_that_read_them_alike(make_run, multirun):
+    notes = {
+        "train": 10,
+        "valid": 4,
+        "bad": 1,
+        "skipped": 0,
+        "duplicates": 2,
+        "leaks": 3,
+        "dropped": 0,
+        "prompts_cut": 5,
+    }
+    for method, seed in (("lora", 1), ("lora", 2), ("prefix", 1)):
+        path = make_run(method=method, seed=seed) / "environment.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"notes": notes}))
+    make_run(method="none", seed=1)  # made before anything was counted
+    [found] = data_tables(to_cells(read_all(multirun)[0]))
+    [line] = [[entry.text for entry in row] for row in found.rows]
+    assert line == ["clinic", "qwen", "10", "4", "1", "0", "2", "3", "0", "5", "–"]
+    assert found.title == "Data"
+    assert len(found.header) == len(line)
+
+
+def test_no_counts_no_table(make_run, multirun):
+    make_run()
+    assert data_tables(to_cells(read_all(multirun)[0])) == []

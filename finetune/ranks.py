@@ -1,0 +1,46 @@
+"""`python -m finetune.ranks N FOLDER`: torch's launcher for a run in N processes, and each of these processes.
+
+A rank dies with its launcher: asked for before torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from finetune.launch import PREEMPTED, die_with_parent
+
+RANK_SECONDS = 33  # between torch's SIGTERM to the ranks and its SIGKILL: a job has 30 s, launch.GRACE_SECONDS are more
+LAUNCHER = "FINETUNE_LAUNCHER"  # its process id, for the ranks
+
+
+def main() -> None:
+    """The launcher starts this module again as its ranks."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _rank()
+    num_processes, run = sys.argv[1:]
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(RANK_SECONDS)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as launch
+
+    try:
+        launch(["--standalone", f"--nproc-per-node={num_processes}", "-m", "finetune.ranks", num_processes, run])
+    except SignalException:
+        sys.exit(PREEMPTED)
+    except ChildFailedError as error:  # the rank that failed first has said why
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _rank() -> None:
+    die_with_parent(int(os.environ[LAUNCHER]))
+    from finetune import train
+
+    train.main(Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

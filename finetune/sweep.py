@@ -1,0 +1,202 @@
+"""The cells of one command, brought to their ends: claimed, started, watched, waited for, stopped.
+
+Several sweeps may work on one tree: each cell is trained by the one that claims it, and the others wait for it. A cell
+whose owner dies is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune import claims, runs
+from finetune.cells import Cell, refusals
+from finetune.config import unsupported
+from finetune.interrupts import Ended, held
+from finetune.launch import Job, Slot, end, has_gpu, shares, stop
+from finetune.progress import Progress
+
+LOOK_SECONDS = 0.2  # between two looks at the jobs
+ELSEWHERE_SECONDS = 2.0  # between two looks at the cells of other sweeps
+
+
+def slots(todo: Sequence[Cell], num_gpus: int, stack: contextlib.ExitStack) -> list[Slot]:
+    """Room for the cells that run at once."""
+    found = _shares(todo, num_gpus)[: max(1, len(todo))]
+    return [stack.enter_context(contextlib.closing(Slot(share, forks=bool(todo) and not has_gpu()))) for share in found]
+
+
+def run_all(todo: Sequence[Cell], free: list[Slot], progress: Progress) -> dict[Path, str]:
+    """Bring every cell to an end, as many at once as there are slots; how each ended, by folder. Raises `Ended`."""
+    sweep = Sweep(todo, free, progress)
+    with held() as asked:
+        try:
+            while sweep.goes_on():
+                if asked:
+                    raise Ended(asked[0])
+                time.sleep(LOOK_SECONDS)
+        except BaseException:
+            sweep.stop(asked)
+            raise
+    return sweep.outcomes
+
+
+class Sweep:
+    """Where the cells of a command stand."""
+
+    def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress) -> None:
+        self.free, self.progress = free, progress
+        self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
+        self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
+        self.elsewhere: list[Cell] = []  # at work in another sweep
+        self.outcomes: dict[Path, str] = {}
+        self.failures = {cell.folder: _failure(cell.folder) for cell in todo}  # those that were there before
+        self.seen: claims.Seen = {}
+        self.told: set[Path] = set()
+        self.next_beat = self.next_look = 0.0
+
+    def goes_on(self) -> bool:
+        """Start what there is room for, see what ended; is there more to do?"""
+        now = time.monotonic()
+        if now >= self.next_look:
+            self.next_look = now + ELSEWHERE_SECONDS
+            self.waiting.extend(self.elsewhere)
+            self.elsewhere.clear()
+        while self.waiting and self.free:
+            self._start(self.waiting.popleft())
+        if now >= self.next_beat:
+            self.next_beat = now + claims.BEAT_SECONDS
+            for folder in [folder for folder in self.at_work if not claims.beat(folder)]:
+                self._lose(folder)
+        for cell, job, _ in list(self.at_work.values()):
+            if job.ended():
+                self._finish(cell)
+            else:
+                self.progress.watch(cell.name, cell.folder)
+        return bool(self.waiting or self.at_work or self.elsewhere)
+
+    def stop(self, asked: list[int]) -> None:
+        """End what is at work; a further signal in `asked` ends it at once."""
+        before = len(asked)
+        jobs = [job for _, job, _ in self.at_work.values()]
+        if asked and jobs:
+            self.progress.say(f"stopping {len(jobs)} cells at their next checkpoint; once more ends them at once")
+        stop(jobs, hurried=lambda: len(asked) > before)
+        for folder in self.at_work:
+            runs.release(folder)
+
+    def _start(self, cell: Cell) -> None:
+        begun = self._begin(cell, self.free[-1])
+        if isinstance(begun, Job):
+            self.at_work[cell.folder] = (cell, begun, self.free.pop())
+        elif begun == "running":
+            self.elsewhere.append(cell)
+            if cell.folder not in self.told:
+                self.told.add(cell.folder)
+                self.progress.say(f"{cell.name} is at work in another sweep, waiting for it")
+        else:
+            self._end(cell, begun)
+
+    def _begin(self, cell: Cell, slot: Slot) -> Job | str:
+        """Start a cell's job; or what became of the cell without one: done, unsupported, failed, or running."""
+        state = runs.state(cell.folder)
+        if state in ("done", "unsupported"):
+            return state
+        if state == "failed" and self._failed_elsewhere(cell.folder):
+            return "failed"
+        try:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            claims.take(cell.folder, seen=self.seen)
+        except claims.Taken:
+            return "running"
+        except OSError as error:
+            return _refuse(cell, str(error))
+        try:
+            return _claimed(cell, slot)
+        except OSError as error:
+            runs.release(cell.folder)
+            return _refuse(cell, str(error))
+
+    def _failed_elsewhere(self, folder: Path) -> bool:
+        """Has another sweep tried this cell since we began, and failed for a reason that is the cell's own?"""
+        now = _failure(folder)
+        with contextlib.suppress(ValueError, OSError):
+            return now != self.failures[folder] and runs.read_json(folder / "failure.json").get("kind") != "interrupted"
+        return False
+
+    def _finish(self, cell: Cell) -> None:
+        _, _, slot = self.at_work.pop(cell.folder)
+        self.free.append(slot)
+        runs.release(cell.folder)
+        self._end(cell, runs.state(cell.folder))
+
+    def _lose(self, folder: Path) -> None:
+        """We were away for so long that another sweep took the cell: ours must not write any more."""
+        cell, job, slot = self.at_work.pop(folder)
+        end(job)
+        self.free.append(slot)
+        self.elsewhere.append(cell)
+        self.progress.say(f"{cell.name} was taken over by another sweep, which thought this one dead")
+
+    def _end(self, cell: Cell, outcome: str) -> None:
+        self.outcomes[cell.folder] = outcome
+        self.progress.advance(cell.name, outcome)
+
+
+def _claimed(cell: Cell, slot: Slot) -> Job | str:
+    """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
+    if (cell.folder / "scores.json").exists():
+        runs.release(cell.folder)
+        return "done"
+    if problems := refusals(cell):
+        runs.release(cell.folder)
+        return _refuse(cell, "; ".join(problems))
+    runs.begin(cell.folder, cell.config)
+    runs.clear(cell.folder)
+    reason = unsupported(cell.config)
+    if not reason:
+        return slot.start(cell.folder, cell.config["launch"])
+    runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
+    runs.release(cell.folder)
+    return "unsupported"
+
+
+def _refuse(cell: Cell, why: str) -> str:
+    print(f"{cell.name}: {why}", file=sys.stderr)
+    return "failed"
+
+
+def _failure(folder: Path) -> tuple[int, int] | None:
+    """What tells one failure.json from another."""
+    with contextlib.suppress(OSError):
+        found = (folder / "failure.json").stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _shares(todo: Sequence[Cell], num_gpus: int) -> list[dict[str, str]]:
+    """What each of the cells that run at once may use: as few at once as the most demanding cell wants."""
+    asked = (
+        shares(
+            cell.config["launch"],
+            num_gpus=num_gpus,
+            miniature=cell.config["model"]["path"] is None
+            and cell.config["model"]["weights"].get(cell.config["scale"]) == "miniature",
+        )
+        for cell in todo
+    )
+    return min(asked, key=len, default=[{"OMP_NUM_THREADS": "1"}])
+
+
+def _bases_first(todo: Sequence[Cell]) -> list[Cell]:
+    """The first cell of every base, then the second of each: bases that must be built are built side by side."""
+    seen: Counter[str] = Counter()
+    rank: dict[Path, int] = {}
+    for cell in todo:
+        rank[cell.folder] = seen[cell.folder.parts[-3]]
+        seen[cell.folder.parts[-3]] += 1
+    return sorted(todo, key=lambda cell: rank[cell.folder])

@@ -1,0 +1,75 @@
+"""Cells that die, each in its own way, among cells that do not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from grids import ROOT, failure, folders, wait_for, wait_for_file
+from report_runs import write_base
+
+KINDS = {
+    1: ("raise", "error", "a part broke"),
+    2: ("sys.exit", "error", "exit status 3"),
+    3: ("os._exit", "error", "exit status 7"),
+    4: ("segfault", "signal", "signal 11 (SIGSEGV)"),
+    5: ("kill", "killed", "out of memory?"),
+    6: ("full", "no space", "no space left"),
+}
+
+
+def test_however_cells_die_the_others_finish(command, tmp_path, fault):
+    places = fault(**{f"seed{seed}/steps.jsonl": kind for seed, (kind, _, _) in KINDS.items()})
+    result = command("-m", "method=lora", f"seed={','.join(map(str, [*KINDS, 7]))}", "launch.jobs=1", **places)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    found = {int(folder.name.removeprefix("seed")): folder for folder in folders(tmp_path)}
+    for seed, (_, kind, message) in KINDS.items():
+        assert failure(found[seed])["kind"] == kind
+        assert message in failure(found[seed])["message"]
+        assert not (found[seed] / "scores.json").exists()
+        [line] = [line for line in result.stderr.splitlines() if f"seed{seed}:" in line]
+        assert message in line
+        assert str(found[seed].relative_to(tmp_path) / "run.log") in line
+    assert "1 done, 6 failed" in result.stderr
+    assert (found[7] / "scores.json").exists()
+    assert not list(tmp_path.rglob("*owner*"))
+    line = [sys.executable, "-m", "finetune.report", "multirun"]
+    report = subprocess.run(
+        line, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
+    )
+    assert report.returncode == 0, report.stderr
+    page = (tmp_path / "multirun" / "main" / "report.md").read_text()
+    assert all(message in page for _, _, message in KINDS.values() if "?" not in message)
+    assert page.count("failed") >= 6
+
+
+@pytest.mark.faults
+def test_one_dead_rank_ends_the_cell(command, tmp_path, fault):
+    """The other rank waits for it in a collective operation, for ever if nobody ends it."""
+    places = fault(**{"seed1/steps.jsonl": "segfault"})
+    sweep = command("method=lora", "launch.num_processes=2", start=True, **places)
+    wait_for_file(tmp_path, "multirun/*/*/*/*/seed1/environment.json", while_runs=sweep)
+    wait_for(lambda: sweep.poll() is not None, seconds=90)
+    assert sweep.returncode == 1
+    [folder] = folders(tmp_path)
+    assert failure(folder)["kind"] == "signal"
+    assert "11" in failure(folder)["message"]
+
+
+@pytest.mark.faults
+def test_weights_that_are_no_numbers_are_told_and_never_trained(command, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = write_base(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    result = command("method=lora", f"model.path={base}", "study=broken")
+    assert result.returncode == 1
+    [folder] = folders(tmp_path)
+    assert failure(folder)["kind"] == "not-a-number"
+    assert not (folder / "scores.json").exists()
+    steps = folder / "steps.jsonl"
+    losses = [json.loads(line)["loss"] for line in steps.read_text().splitlines()] if steps.exists() else []
+    assert all(loss is None for loss in losses)

@@ -1,0 +1,29 @@
+"""W&B that cannot be reached, and W&B that dies: the folder is the record, and the run goes on."""
+
+import json
+import time
+
+import pytest
+from grids import folders
+
+pytestmark = pytest.mark.faults
+
+
+def test_a_service_that_cannot_be_reached_costs_seconds(command, tmp_path):
+    began = time.monotonic()
+    key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    result = command("method=lora", "wandb.mode=online", **key)
+    assert result.returncode == 0, result.stderr
+    [folder] = folders(tmp_path)
+    assert "W&B" in (folder / "run.log").read_text()
+    assert time.monotonic() - began < 120
+
+
+@pytest.mark.parametrize("place", ["steps.jsonl", "predictions.jsonl"])
+def test_a_tracker_that_dies_takes_nothing_along(command, tmp_path, fault, place):
+    places = fault(**{f"seed1/{place}": "kill trackers"})
+    result = command("method=lora", "wandb.mode=offline", **places)
+    assert result.returncode == 0, result.stderr
+    [folder] = folders(tmp_path)
+    assert len((folder / "steps.jsonl").read_text().splitlines()) == 3
+    assert json.loads((folder / "scores.json").read_text())["scores"]["mean"]["num_rows"] == 6
