@@ -132,7 +132,8 @@ def ours(shape: str, meter: Meter, *, method: str, step: str, batch_rows: int) -
 
     from finetune.cells import CONF
     from finetune.data.batches import plan
-    from finetune.loop import Feeder, Loop
+    from finetune.feeder import Feeder
+    from finetune.loop import Loop
     from finetune.methods.build import build
 
     changes = ["method.adapter.r=8", "method.adapter.lora_alpha=16"] if method in ("lora", "qlora") else []

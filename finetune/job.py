@@ -16,7 +16,7 @@ from finetune import runs
 from finetune.config import refuse
 from finetune.data import rows
 from finetune.environment import environment, only_deterministic, pick_device, usable_precision
-from finetune.loop import Feeder, mean_loss
+from finetune.feeder import Feeder, mean_loss
 from finetune.methods.build import build
 from finetune.methods.method import Method
 from finetune.models.attention import packs

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.data.batches import Batch, Example, group, pack, pad, supervised
+from finetune.data.batches import Batch, Example, pack, supervised
+from finetune.feeder import Feeder, attending_rows, summed_loss
 from finetune.graphs import Graphs, Shapes, Size, compiled, way
 from finetune.memory import free, out_of_memory, too_much
 from finetune.methods.blocks import blocks
@@ -26,70 +26,11 @@ from finetune.methods.method import Method, trainable
 from finetune.models.attention import packing
 from finetune.noise import noisy
 from finetune.resume import Keeper, Line, Moving
+from finetune.schedule import Clock, schedule_factor, spaced
 
 log = logging.getLogger("finetune")
 
-# Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
-PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
 MOST_SKIPPED = 3  # steps in a row whose loss or gradient is no number
-
-
-@dataclass(frozen=True)
-class Feeder:
-    """How rows become batches for one model: packed where the base and the method allow it, else padded."""
-
-    packed: bool
-    pad_id: int
-    loss_on: str
-    device: torch.device
-    max_tokens: int | None = None  # of a batch of several rows, padding included; set where memory ran out
-    halvings: int = 0  # how often it did
-
-    def batches(self, examples: Sequence[Example]) -> list[Batch]:
-        """Batches of one forward pass each that hold all of `examples`."""
-        if self.packed:
-            found = [pack(part, loss_on=self.loss_on) for part in self.packs(examples)]
-        else:
-            parts = (part for rows in group(examples) for part in _bounded_rows(rows, limit=self.max_tokens))
-            found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in parts]
-        return [batch.to(self.device) for batch in found]
-
-    def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """The rows of every pack."""
-        return list(_bounded(examples, limit=self.max_tokens or PACK_TOKENS[self.device.type]))
-
-
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's supervised tokens, in float32."""
-    if batch.bounds is None:
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-        logits = logits[:, -batch.longest :].flatten(0, 1)[batch.kept]  # virtual tokens come first
-    else:
-        logits = model(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=batch.kept,
-            cu_seq_lens_q=batch.bounds,
-            cu_seq_lens_k=batch.bounds,
-            max_length_q=batch.longest,
-            max_length_k=batch.longest,
-        ).logits[0]
-    return cross_entropy(logits.float(), batch.labels, reduction="sum")
-
-
-def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, accelerator: Accelerator) -> float:
-    """Mean cross-entropy in nats per supervised token over all processes' shares of `examples`."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    model.eval()
-    base, total = accelerator.unwrap_model(model), torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad(), _attending(base, feeder):
-        for part in [examples[i : i + 32] for i in range(0, len(examples), 32)][rank::ranks]:
-            for batch in feeder.batches(part):
-                total += torch.tensor([summed_loss(base, batch).item(), len(batch.labels)], dtype=torch.float64)
-    model.train()
-    summed, count = accelerator.reduce(total.float().to(accelerator.device)).tolist()
-    return float(summed / count)
 
 
 @dataclass
@@ -141,11 +82,11 @@ class Loop:
         base = model
         model, optimizer = self.accelerator.prepare(model, optimizer)
         schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, len(self.steps), self.optim))
-        validations = _spaced(self.optim["validations"], len(self.steps))
+        validations = spaced(self.optim["validations"], len(self.steps))
         model.train()
         moving = Moving(base, self.method, optimizer, schedule, self.accelerator.scaler)
         history = keeper.resume(moving) if keeper else []
-        loop, clock, broken = self._as_after(history), _Clock(history), _broken_at_the_end(history)
+        loop, clock, broken = self._as_after(history), Clock(history), _broken_at_the_end(history)
         graphs = loop._graphs(base, weights)
         late = graphs is not None and self._guarded(optimizer)
         waiting: _Done | None = None
@@ -219,7 +160,7 @@ class Loop:
         for batch in batches:
             last = batch is batches[-1]
             alone = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            with alone, _attending(base, self.feeder):
+            with alone, attending_rows(base, self.feeder):
                 with noisy(base, batch, alpha=self.optim.get("neftune_alpha")):
                     loss = summed_loss(model, batch)
                 summed += loss.detach()
@@ -352,40 +293,6 @@ class Loop:
         return [b for i in range(parts) for b in self.feeder.batches([self.examples[row] for row in rows[i::parts]])]
 
 
-def schedule_factor(step: int, num_steps: int, optim: Mapping[str, Any]) -> float:
-    """The share of the learning rate at a step (from 0): linear warm-up, then cosine, linear or constant."""
-    warmup = round(optim["warmup"] * num_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, num_steps - warmup)
-    factors = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    return factors[optim["schedule"]]
-
-
-def _attending(base: Any, feeder: Feeder) -> contextlib.AbstractContextManager[None]:
-    return packing(base) if feeder.packed else contextlib.nullcontext()
-
-
-def _bounded(examples: Sequence[Example], *, limit: int) -> Iterator[list[Example]]:
-    """Rows in order, cut into packs of bounded size."""
-    found: list[Example] = []
-    size = 0
-    for example in examples:
-        if found and size + len(example.ids) > limit:
-            yield found
-            found, size = [], 0
-        found.append(example)
-        size += len(example.ids)
-    if found:
-        yield found
-
-
-def _bounded_rows(examples: Sequence[Example], *, limit: int | None) -> Iterator[Sequence[Example]]:
-    """Rows sorted by length, cut so that a padded batch of several is of bounded size."""
-    size = len(examples) if limit is None else max(1, limit // len(examples[-1].ids))
-    return (examples[i : i + size] for i in range(0, len(examples), size))
-
-
 def _num_rows(batch: Batch) -> int:
     return len(batch.ids) if batch.bounds is None else len(batch.bounds) - 1
 
@@ -394,38 +301,3 @@ def _broken_at_the_end(history: Sequence[Line]) -> int:
     """Steps in a row, the last included, whose loss or gradient was no number."""
     lines = itertools.takewhile(lambda line: line["loss"] is None, reversed(history))
     return sum(1 for _ in lines)
-
-
-def _spaced(count: int, num_steps: int) -> set[int]:
-    """Evenly spaced step numbers, the last included."""
-    return {round(num_steps * (i + 1) / count) for i in range(count)} - {0}
-
-
-class _Clock:
-    """Seconds of training alone, and real tokens per second over the last twenty steps; goes on after `history`."""
-
-    def __init__(self, history: Sequence[Line] = ()) -> None:
-        self.marks: list[tuple[float, int]] = [(0.0, 0), *((x["seconds"], x["num_tokens"]) for x in history)]
-        self.start = time.perf_counter() - self.marks[-1][0]
-        self.idle = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start - self.idle
-
-    @property
-    def num_tokens(self) -> int:
-        return self.marks[-1][1]
-
-    def add(self, num_tokens: int) -> None:
-        self.marks.append((self.seconds, self.marks[-1][1] + num_tokens))
-
-    def rate(self) -> float:
-        (first, before), (last, after) = self.marks[-21 if len(self.marks) > 20 else 0], self.marks[-1]
-        return (after - before) / max(last - first, 1e-9)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.idle += time.perf_counter() - began

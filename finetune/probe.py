@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.data.batches import Example, pad
 from finetune.data.rows import Row
 from finetune.evaluate import Answer, Decoding, predict
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.method import Encode, Method
 
 TOKENS = 8  # of each row's answer that are looked at

@@ -27,9 +27,10 @@ from finetune import config as settings
 from finetune.answers import Answering, decoding
 from finetune.data.batches import plan
 from finetune.environment import peak_memory_gib, usable_precision
+from finetune.feeder import mean_loss
 from finetune.job import Job, base_of, load_job
 from finetune.launch import die_with_parent
-from finetune.loop import Loop, mean_loss
+from finetune.loop import Loop
 from finetune.memory import out_of_memory
 from finetune.methods.build import build
 from finetune.models.load import Base

@@ -15,7 +15,8 @@ from peft import LoraConfig, PrefixTuningConfig
 
 from finetune import checks
 from finetune.evaluate import Decoding
-from finetune.loop import Feeder, Loop
+from finetune.feeder import Feeder
+from finetune.loop import Loop
 from finetune.methods.full import Full
 from finetune.methods.none import Untouched
 from finetune.methods.peft import AdaLora, Peft

@@ -6,8 +6,10 @@ from accelerate import Accelerator
 from conftest import tiny_base
 
 from finetune.data.batches import plan
-from finetune.loop import Feeder, Loop, mean_loss, schedule_factor
+from finetune.feeder import Feeder, mean_loss
+from finetune.loop import Loop
 from finetune.methods.build import build
+from finetune.schedule import schedule_factor
 
 OPTIM = {
     "optimizer": {"_target_": "torch.optim.AdamW", "weight_decay": 0.0},

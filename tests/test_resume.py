@@ -12,7 +12,8 @@ from test_loop import LORA, OPTIM
 
 from finetune import checkpoint, outcome, runs
 from finetune.data.batches import plan
-from finetune.loop import Feeder, Loop, mean_loss
+from finetune.feeder import Feeder, mean_loss
+from finetune.loop import Loop
 from finetune.methods.build import build
 from finetune.resume import Keeper, changing, refuse_small_disk
 from finetune.stop import Stop, Stopped

@@ -6,7 +6,7 @@ from conftest import ARCHITECTURES, tiny_base
 from grid import attach, logits, stored_base
 
 from finetune.data.batches import pad
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.blocks import attention, blocks, feed_forward
 from finetune.methods.bottleneck import Adapter
 from finetune.methods.build import build

@@ -12,7 +12,8 @@ from grid import FIELD, NAMES, OTHER_START, attach, config, logits, make, stored
 from finetune import evaluate
 from finetune.config import unsupported
 from finetune.data.batches import pad
-from finetune.loop import Feeder, Loop, mean_loss, summed_loss
+from finetune.feeder import Feeder, mean_loss, summed_loss
+from finetune.loop import Loop
 from finetune.methods.method import Method
 from finetune.models.attention import packing
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from finetune.data.batches import pad
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.delta_lora import DeltaLora
 from finetune.methods.method import trainable
 

@@ -7,8 +7,9 @@ from conftest import PACKED, tiny_base
 from grid import attach, make
 
 from finetune.data.batches import pack, plan, supervised
+from finetune.feeder import Feeder, summed_loss
 from finetune.graphs import IGNORED, Shapes, Size, way
-from finetune.loop import Feeder, Loop, summed_loss
+from finetune.loop import Loop
 from finetune.models.attention import packing
 
 METHODS = ("lora", "adapter", "full", "llama_adapter", "prefix", "prompt")

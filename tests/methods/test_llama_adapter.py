@@ -6,7 +6,7 @@ from peft import AdaptionPromptConfig, PeftModel, get_peft_model
 from torch.nn.functional import softmax
 
 from finetune.data.batches import pack, pad
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.blocks import attention, blocks
 from finetune.methods.build import build
 from finetune.methods.llama_adapter import LlamaAdapter

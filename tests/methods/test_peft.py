@@ -4,7 +4,7 @@ from conftest import tiny_base
 from peft import get_peft_model
 
 from finetune.data.batches import pad
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.build import build
 from finetune.methods.method import trainable
 

@@ -8,7 +8,7 @@ from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from finetune.data.batches import pack, pad
 from finetune.evaluate import Decoding, predict
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.build import build
 from finetune.methods.method import trainable
 from finetune.methods.prefix import Prefix

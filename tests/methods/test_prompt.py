@@ -6,7 +6,7 @@ from peft import PeftModel
 
 from finetune.data.batches import pack, pad
 from finetune.evaluate import Decoding, predict
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.method import trainable
 from finetune.models.attention import packing
 

@@ -5,7 +5,7 @@ import torch
 from grid import FIELD, NAMES, OTHER_START, attach, config, logits, make, stored_base
 
 from finetune.data.batches import pad
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.methods.method import Method
 
 

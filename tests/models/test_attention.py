@@ -3,7 +3,7 @@ import torch
 from conftest import PACKED, tiny_base
 
 from finetune.data.batches import pack, pad
-from finetune.loop import summed_loss
+from finetune.feeder import summed_loss
 from finetune.models.attention import packing
 
 

@@ -1,0 +1,102 @@
+"""Rows -> batches -> losses, the same for training and for measuring."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from finetune.data.batches import Batch, Example, group, pack, pad
+from finetune.models.attention import packing
+
+# Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
+PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """How rows become batches for one model: packed where the base and the method allow it, else padded."""
+
+    packed: bool
+    pad_id: int
+    loss_on: str
+    device: torch.device
+    max_tokens: int | None = None  # of a batch of several rows, padding included; set where memory ran out
+    halvings: int = 0  # how often it did
+
+    def batches(self, examples: Sequence[Example]) -> list[Batch]:
+        """Batches of one forward pass each that hold all of `examples`."""
+        if self.packed:
+            found = [pack(part, loss_on=self.loss_on) for part in self.packs(examples)]
+        else:
+            parts = (part for rows in group(examples) for part in _bounded_rows(rows, limit=self.max_tokens))
+            found = [pad(part, pad_id=self.pad_id, loss_on=self.loss_on) for part in parts]
+        return [batch.to(self.device) for batch in found]
+
+    def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The rows of every pack."""
+        return list(_bounded(examples, limit=self.max_tokens or PACK_TOKENS[self.device.type]))
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's supervised tokens, in float32."""
+    if batch.bounds is None:
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        logits = logits[:, -batch.longest :].flatten(0, 1)[batch.kept]  # virtual tokens come first
+    else:
+        logits = model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.kept,
+            cu_seq_lens_q=batch.bounds,
+            cu_seq_lens_k=batch.bounds,
+            max_length_q=batch.longest,
+            max_length_k=batch.longest,
+        ).logits[0]
+    return cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, accelerator: Accelerator) -> float:
+    """Mean cross-entropy in nats per supervised token over all processes' shares of `examples`."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    model.eval()
+    base, total = accelerator.unwrap_model(model), torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), attending_rows(base, feeder):
+        for part in [examples[i : i + 32] for i in range(0, len(examples), 32)][rank::ranks]:
+            for batch in feeder.batches(part):
+                total += torch.tensor([summed_loss(base, batch).item(), len(batch.labels)], dtype=torch.float64)
+    model.train()
+    summed, count = accelerator.reduce(total.float().to(accelerator.device)).tolist()
+    return float(summed / count)
+
+
+def attending_rows(base: Any, feeder: Feeder) -> contextlib.AbstractContextManager[None]:
+    """Within, packed rows attend to themselves only."""
+    return packing(base) if feeder.packed else contextlib.nullcontext()
+
+
+def _bounded(examples: Sequence[Example], *, limit: int) -> Iterator[list[Example]]:
+    """Rows in order, cut into packs of bounded size."""
+    found: list[Example] = []
+    size = 0
+    for example in examples:
+        if found and size + len(example.ids) > limit:
+            yield found
+            found, size = [], 0
+        found.append(example)
+        size += len(example.ids)
+    if found:
+        yield found
+
+
+def _bounded_rows(examples: Sequence[Example], *, limit: int | None) -> Iterator[Sequence[Example]]:
+    """Rows sorted by length, cut so that a padded batch of several is of bounded size."""
+    size = len(examples) if limit is None else max(1, limit // len(examples[-1].ids))
+    return (examples[i : i + size] for i in range(0, len(examples), size))
