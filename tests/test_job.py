@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import psutil
 import pytest
+from hydra._internal.utils import get_args_parser
 from report_runs import write_base
 from safetensors.torch import load_file, save_file
 
@@ -43,8 +43,7 @@ QUICK = (
 def compose(run, base, *words):
     """A folder as the sweep leaves it to a job."""
     words = words if any(word.startswith("method=") for word in words) else (*LORA, *words)
-    plain = {"config_dir": None, "config_name": None, "multirun": False}
-    [cell] = cells(Namespace(overrides=[*QUICK, f"model.path={base}", *words], **plain), root=run)
+    [cell] = cells(get_args_parser().parse_intermixed_args([*QUICK, f"model.path={base}", *words]), root=run)
     run.mkdir(parents=True, exist_ok=True)
     runs.write_text(run / "config.yaml", json.dumps(cell.config))
     return run

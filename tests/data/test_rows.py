@@ -361,7 +361,16 @@ real = pytest.mark.skipif(
 @real
 def test_the_medical_dialogues_are_split_as_the_original_did():
     split = rows.load(committed("medical_dialogue"))
-    counts = {"read": 7644, "skipped": 0, "train": 5000, "valid": 2000, "leaks": 12, "dropped": 0, "duplicates": 359}
+    counts = {
+        "read": 7644,
+        "bad": 0,
+        "skipped": 0,
+        "train": 5000,
+        "valid": 2000,
+        "leaks": 12,
+        "dropped": 0,
+        "duplicates": 359,
+    }
     assert split.notes == counts
     assert split.train[0].prompt.startswith("我有高血压这两天女婿来的时候")
     assert (split.train[0].id, split.train[0].kind) == ("chinese_medical_dialogue_neike:2", "dialogue")
