@@ -44,6 +44,7 @@ def decoding(job: Job) -> evaluate.Decoding:
         pad_id=job.base.tokenizer.pad_token_id,
         padding_side=options["padding_side"],
         in_places=job.feeder.packed,
+        replayed="decode" in job.method.replayable and job.config["method"]["quantize"] is None,
     )
 
 
@@ -84,7 +85,8 @@ class Answering:
         """The generated answer to every row, by its number; each process answers its share."""
         rank, ranks = self.job.accelerator.process_index, self.job.accelerator.num_processes
         mine = range(rank, len(examples), ranks)
-        about = {"template": template, "rows": len(mine), "processes": ranks}
+        where = f"{self.job.accelerator.device.type} {self.job.accelerator.mixed_precision}"
+        about = {"template": template, "rows": len(mine), "processes": ranks, "where": where}
         found = self._earlier(about)
         with self.stop.held():
             while left := [n for n in mine if n not in found]:
@@ -122,7 +124,7 @@ class Answering:
         """Answers of earlier processes; all are dropped if they are not of this plan."""
         found: dict[int, Said] = {}
         for line in _whole(self.file):
-            if line["processes"] != about["processes"]:
+            if any(line[key] != about[key] for key in ("processes", "where")):
                 self.file.unlink()
                 return {}
             if {key: line[key] for key in about} == about:

@@ -38,6 +38,7 @@ class Decoding:
     pad_id: int
     padding_side: str = "left"
     in_places: bool = False  # by finetune.greedy, which the base and the method must allow; else by `generate`
+    replayed: bool = False  # on a GPU, the steps of that as CUDA graphs
 
 
 @torch.no_grad()
@@ -57,7 +58,9 @@ def predict(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) ->
 def _new_tokens(model: Any, ids: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
     """(rows, new) tokens that follow the prompts (rows, tokens)."""
     if decoding.in_places and decoding.padding_side == "left":
-        return greedy(model, ids, mask, decoding.max_new_tokens, end_ids=decoding.end_ids, pad_id=decoding.pad_id)
+        replayed = decoding.replayed and ids.is_cuda
+        end_ids, pad_id = decoding.end_ids, decoding.pad_id
+        return greedy(model, ids, mask, decoding.max_new_tokens, end_ids=end_ids, pad_id=pad_id, replayed=replayed)
     output: Tensor = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -61,10 +61,14 @@ class Places:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on."""
-        self.keys, self.values = ([x.index_select(0, rows) for x in both] for both in (self.keys, self.values))
+        for states in (self.keys, self.values):
+            for layer, old in enumerate(states):  # one after the other: both at once would need twice the memory
+                states[layer] = old.index_select(0, rows)
 
 
-def greedy(model: Any, ids: Tensor, mask: Tensor, num_new: int, *, end_ids: Sequence[int], pad_id: int) -> Tensor:
+def greedy(  # noqa: PLR0913
+    model: Any, ids: Tensor, mask: Tensor, num_new: int, *, end_ids: Sequence[int], pad_id: int, replayed: bool = False
+) -> Tensor:
     """New tokens (rows, `num_new`) of left-padded prompts, `pad_id` after the end token.
 
     As transformers' greedy `generate`; for bases that take a four-dimensional mask and position ids.
@@ -79,7 +83,7 @@ def greedy(model: Any, ids: Tensor, mask: Tensor, num_new: int, *, end_ids: Sequ
     done, step = 1, state.step
     with attending(model, NAME):
         while done < num_new and state.rows:
-            if ids.is_cuda and state.graph is None:
+            if replayed and state.graph is None:
                 step = state.capture()
             step()
             done += 1
@@ -141,6 +145,8 @@ class _State:
         if not all_rows and len(left) and (not few or (self.cuda and self.rows <= MIN_ROWS_CUDA)):
             return
         self.answers[self.numbers] = self.said
+        if all_rows:
+            return
         self.numbers = self.numbers[left]
         self.cache.keep(left)
         for name in ("said", "token", "position", "mask", "over"):

@@ -134,7 +134,14 @@ class Loop:
                 if keeper:
                     with clock.paused():
                         keeper.after(number, moving)
+        self._leave(weights)
         return base
+
+    def _leave(self, weights: Sequence[nn.Parameter]) -> None:
+        """Give gradients and the optimizer's memory back: answers need none."""
+        for weight in weights:
+            weight.grad = None
+        self.accelerator.free_memory()
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         arguments = {k: v for k, v in self.optim["optimizer"].items() if k != "_target_"}
@@ -247,15 +254,19 @@ class Loop:
     def _graphs(self, base: Any, weights: Sequence[nn.Parameter]) -> Graphs | None:
         """The plan's packs as graphs, where the device has them and the run earns them back."""
         device = self.accelerator.device
-        able = device.type == "cuda" and self.feeder.packed and self.method.replayable
+        # float32 has no attention by row bounds, float16's loss is scaled, NEFTune's noise is a hook.
+        able = device.type == "cuda" and self.feeder.packed and self.accelerator.mixed_precision == "bf16"
+        able &= "graph" in self.method.replayable and not self.optim.get("neftune_alpha")
         if not able or self.accelerator.num_processes > 1:
+            if self.way in ("graph", "compiled"):
+                log.warning("launch.step=%s is not for this method, device, precision or base: eager steps", self.way)
             return None
-        if self.accelerator.mixed_precision != "bf16" or self.optim.get("neftune_alpha"):
-            return None  # float32 has no attention by row bounds, float16's loss is scaled, NEFTune's noise is a hook
         parts = [part for rows in self.steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
         layers = blocks(base.get_base_model() if hasattr(base, "get_base_model") else base)
         how = way(self.way, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
+        if how == "compiled" and "compiled" not in self.method.replayable:
+            how = "graph"
         if how == "eager":
             return None
 
@@ -264,16 +275,14 @@ class Loop:
                 return summed_loss(base, batch)
 
         began = time.perf_counter()
+        graphs = Graphs(shapes, way=how, loss=loss, weights=weights, device=device)
         try:
-            graphs = Graphs(shapes, way=how, loss=loss, weights=weights, device=device)
             with packing(base), compiled(layers) if how == "compiled" else contextlib.nullcontext():
                 graphs.capture()
-        except RuntimeError as error:  # also out of memory: the eager step needs less, and can halve its batches
-            log.warning("steps are not captured as CUDA graphs: %s", str(error).splitlines()[0])
-            for weight in weights:
-                weight.grad = None
-            free()
-            return None
+        except RuntimeError as error:  # nothing of CUDA can be relied on after a capture that was cut off
+            raise RuntimeError(
+                f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
+            ) from error
         seconds = time.perf_counter() - began
         log.info("%d CUDA graphs (%s) in %.1f s", len(shapes.rooms), how, seconds)
         return graphs

@@ -160,7 +160,7 @@ def _answers(
     probe: Probe, subject: Subject, prompts: Sequence[Sequence[int]], *, batch_rows: int
 ) -> Iterator[tuple[int, tuple[Answer, Tensor]]]:
     """(number, (answer, logits of the last of its batch's rows that chose its tokens))."""
-    few = Decoding(**{**vars(probe.decoding), "max_new_tokens": TOKENS, "batch_rows": batch_rows})
+    few = Decoding(**{**vars(probe.decoding), "max_new_tokens": TOKENS, "batch_rows": batch_rows, "in_places": False})
     seen: list[Tensor] = []
 
     def record(head: Any, inputs: Any, output: Tensor) -> None:

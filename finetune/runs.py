@@ -71,12 +71,16 @@ def find(root: Path) -> list[Path]:
 
 def state(run: Path) -> State:
     """What the files in a run folder say."""
+    found = ended(run)
+    return "running" if found in ("failed", "unfinished") and claims.lives(run) else found
+
+
+def ended(run: Path) -> State:
+    """The same, whoever works on it."""
     if (run / "scores.json").exists():
         return "done"
     if (run / "unsupported.json").exists():
         return "unsupported"
-    if claims.lives(run):
-        return "running"
     return "failed" if (run / "failure.json").exists() else "unfinished"
 
 
@@ -117,9 +121,11 @@ def fail(run: Path, *, kind: str, message: str) -> None:
 
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration that claimed the folder."""
-    config = yaml.load(
-        (run / "config.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    )
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    try:
+        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{run / 'config.yaml'}: not a configuration: {str(error)[:200]}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{run / 'config.yaml'}: not a configuration")
     return config

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
-PATIENCE = 20.0  # seconds for what is at work to come to a good end; a sweep kills after 30
+PATIENCE = 20.0  # seconds for what is at work to come to a good end; a sweep kills after 40
 
 
 class Stopped(BaseException):

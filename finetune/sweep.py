@@ -131,8 +131,9 @@ class Sweep:
     def _finish(self, cell: Cell) -> None:
         _, _, slot = self.at_work.pop(cell.folder)
         self.free.append(slot)
+        outcome = runs.ended(cell.folder)  # before another sweep can take it
         runs.release(cell.folder)
-        self._end(cell, runs.state(cell.folder))
+        self._end(cell, outcome)
 
     def _lose(self, folder: Path) -> None:
         """We were away for so long that another sweep took the cell: ours must not write any more."""

@@ -29,7 +29,6 @@ from finetune.data.batches import plan
 from finetune.environment import peak_memory_gib, usable_precision
 from finetune.feeder import mean_loss
 from finetune.job import Job, base_of, load_job
-from finetune.launch import die_with_parent
 from finetune.loop import Loop
 from finetune.memory import out_of_memory
 from finetune.methods.build import build
@@ -143,6 +142,9 @@ def _tune(
     loop = Loop(job.method, job.accelerator, *data, job.config["optim"], lr, ids, job.config["launch"]["step"])
     with keeper.stop.held():
         loop.run(model, validate=job.valid_loss, record=record, keeper=keeper)
+    if job.main and len(keeper.history) == keeper.num_resumed:  # no step was left, so that none was recorded
+        for line in keeper.history:
+            tracker.step(line)
     last = keeper.history[-1]
     loss = "no number" if last["loss"] is None else f"{last['loss']:.3f}"
     log.info("trained %d steps in %.1f s, loss %s", len(steps), last["seconds"], loss)
@@ -275,7 +277,8 @@ def main(run: Path) -> None:
         stop.listen()
         train(run, stop)
     except (Stopped, Exception) as error:
-        if stop.asked:  # of several processes one may see the others' end first, as an error
+        # Of several processes one may see the others' end first, as an error.
+        if stop.asked and (isinstance(error, Stopped) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             log.info("stopped as asked; the same command goes on")
             sys.exit(STATUS)
         _fail(run, error)
@@ -294,6 +297,4 @@ def _fail(run: Path, error: BaseException) -> None:
 
 
 if __name__ == "__main__":
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: its launcher gave it a session of its own
-        die_with_parent(os.getppid())
     main(Path(sys.argv[1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 
 from finetune import train
 from finetune.launch import die_with_parent
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a job for a checkpoint
 
 
 def main() -> None:
@@ -25,8 +28,12 @@ def main() -> None:
         if pid == 0:
             die_with_parent(here)
             _become(Path(job["run"]), threads=job["threads"])
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}  # the job would die with us
         print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        print(code, flush=True)
 
 
 def _become(run: Path, *, threads: int) -> None:

@@ -41,7 +41,7 @@ class Adapter(Method):
     In series h + f(h) of a sublayer's output h, in parallel sublayer(x) + scale * f(x).
     """
 
-    replayable = True
+    replayable = ("graph",)
 
     def __init__(
         self, *, size: int, places: Sequence[str], activation: str, parallel: bool = False, scale: float = 1.0

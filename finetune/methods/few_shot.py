@@ -20,6 +20,7 @@ class FewShot(Method):
     """
 
     trains = False
+    replayable = ("decode",)
 
     def __init__(self, *, k: int, seed: int) -> None:
         if k < 1:

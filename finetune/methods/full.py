@@ -14,7 +14,7 @@ class Full(Method):
     """Train every parameter; P parameters for a base of P."""
 
     leaves_base_intact = False
-    replayable = True
+    replayable = ("graph",)
 
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Unfreeze everything."""

@@ -28,7 +28,7 @@ class LlamaAdapter(Method):
     positions, times the block's gate is added before the output projection: what PEFT computes on Llama.
     """
 
-    replayable = True
+    replayable = ("graph",)
 
     def __init__(self, *, adapter_len: int, adapter_layers: float) -> None:
         if adapter_len < 1:

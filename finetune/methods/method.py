@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,8 @@ class Method(ABC):
     leaves_base_intact = True  # False: the base's own weights change (full tuning); they are then kept in float32
     starts_as_base = True  # False: differs from the base before the first step (virtual tokens, random factors)
     padding_free = True  # False: its rows are padded
-    replayable = (
-        False  # True: a step recorded as a CUDA graph is its eager step (tests/methods/test_graphs.py, on a GPU)
-    )
+    # What was compared with its eager form on a GPU: steps as CUDA "graph"s, of "compiled" layers; answers, "decode".
+    replayable: Collection[str] = ()
     checkpointable = True  # False: cannot recompute activations in the backward pass
 
     def rows(self, rows: Sequence[Row], train_rows: Sequence[Row], *, fits: Callable[[Row], bool]) -> Sequence[Row]:

@@ -13,6 +13,7 @@ class Untouched(Method):
     """The base itself."""
 
     trains = False
+    replayable = ("decode",)
 
     def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
         """Freeze everything."""

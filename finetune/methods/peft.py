@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,7 @@ class Peft(Method):
         self.leaves_base_intact = not (moves or config.peft_type in COPYING)
         kasa = getattr(config, "kasa_config", None)  # cuts the smallest singular values off
         self.starts_as_base = not (config.is_prompt_learning or kasa or config.peft_type in RANDOM)
-        # What these settings compute depends on what was computed before, or is drawn in ways of its own.
-        special = [getattr(config, f"{name}_config", None) for name in ("kasa", "monteclora", "velora")]
-        self.replayable = config.peft_type in (PeftType.LORA, *EMBEDDED) and not any(special)
+        self.replayable = _replayable(config)
         # PEFT's prefixes fail under checkpointing: cache and mask sizes differ (seen on every base). MonteCLoRA's
         # second forward pass draws other noise than the first: gradients were off by 0.09 (seen).
         self.checkpointable = config.peft_type not in PREFIXES and not getattr(config, "monteclora_config", None)
@@ -101,6 +99,16 @@ class Peft(Method):
         return base
 
 
+def _replayable(config: PeftConfig) -> Collection[str]:
+    """LoRA without additions, DoRA's steps, and virtual tokens."""
+    names = ("kasa_config", "monteclora_config", "velora_config", "use_bdlora", "alora_invocation_tokens")
+    if config.peft_type in EMBEDDED:
+        return ("graph", "compiled")
+    if config.peft_type is not PeftType.LORA or any(getattr(config, name, None) for name in names):
+        return ()
+    return ("graph",) if config.use_dora else ("graph", "compiled", "decode")  # type: ignore[attr-defined]
+
+
 def _embeddings(wrapper: Any) -> Tensor:
     """Prompt tuning's and P-tuning's (virtual tokens, hidden), computed as they are saved: in float32."""
     device, tokens = wrapper.device, wrapper.prompt_tokens
@@ -116,7 +124,7 @@ class AdaLora(Method):
     `tinit` and `tfinal` are the shares of the steps before pruning starts and after it has ended.
     """
 
-    replayable = True
+    replayable = ("graph",)
 
     def __init__(self, *, tinit: float, tfinal: float, orth_reg_weight: float, **arguments: Any) -> None:
         if not (tinit >= 0 and tfinal >= 0 and tinit + tfinal < 1):

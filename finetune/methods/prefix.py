@@ -79,7 +79,7 @@ class Prefix(Method):
     where activations are recomputed.
     """
 
-    replayable = True
+    replayable = ("graph", "compiled")
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A clock that jumps while cells run."""
+"""Clocks that are wrong: processes that believe it is another time, or that it passes faster."""
 
 import importlib.util
 import json

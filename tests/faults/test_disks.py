@@ -71,16 +71,13 @@ def test_a_tree_that_may_not_be_written_is_told_and_read(command, tmp_path, disk
     assert command("-m", "method=lora", "seed=1,2").returncode == 0
 
 
-def test_a_disk_that_becomes_read_only_during_a_run(command, tmp_path, disk):
+def test_a_disk_that_fills_up_during_a_run(command, tmp_path, disk):
     from grids import ENDLESS, wait_for_file
 
     root = disk("8m")
     sweep = command("method=lora", *ENDLESS, start=True)
     wait_for_file(tmp_path, "multirun/*/*/*/*/seed1/steps.jsonl", while_runs=sweep)
-    done = subprocess.run(["mount", "-o", "remount,ro", "-f", str(root)], capture_output=True)
-    fill_error = done.returncode
-    if fill_error == 0:  # a remount with open files is refused by most kernels: then the disk is filled
-        fill(root, leave=0)
+    fill(root, leave=0)
     errors = sweep.communicate(timeout=120)[1]
     assert sweep.returncode == 1
     assert "Traceback" not in errors

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import PACKED, tiny_base
-from grid import attach, make
+from grid import attach, config, make
 
 from finetune.data.batches import pack, plan, supervised
 from finetune.feeder import Feeder, summed_loss
@@ -77,16 +77,20 @@ def test_the_longer_the_run_the_more_is_prepared(num_packs, found):
     ],
 )
 def test_replayed_steps_are_the_eager_ones(method, how, examples):
-    def losses(way):
+    def losses(way, lr):
         accelerator = Accelerator(mixed_precision="bf16")
         feeder = Feeder(packed=True, pad_id=0, loss_on="target", device=accelerator.device)
         steps = plan(len(examples), epochs=4, batch_rows=4, max_steps=None, seed=1)
         found = make(method, "qwen2")
         model = attach(found, tiny_base("qwen2").cuda(), num_steps=len(steps)).cuda()
-        loop = Loop(found, accelerator, feeder, examples, steps, OPTIM, 1e-3, way=way)
+        loop = Loop(found, accelerator, feeder, examples, steps, OPTIM, lr, way=way)
         lines = []
         loop.run(model, validate=lambda _: 0.0, record=lines.append)
         assert {line["way"] for line in lines} == {way}
         return [line["loss"] for line in lines]
 
-    assert losses(how) == pytest.approx(losses("eager"), rel=5e-3)  # bfloat16 has eight bits
+    lr = config(method, "qwen2")["method"]["lr"]["tiny"]
+    eager, still = losses("eager", lr), losses("eager", 0.0)
+    moved = max(abs(a - b) / b for a, b in zip(eager, still, strict=True))
+    # bfloat16 has eight bits; steps that did nothing would be seen
+    assert losses(how, lr) == pytest.approx(eager, rel=min(2e-2, moved / 4))
