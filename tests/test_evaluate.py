@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, PACKED, tiny_base
@@ -21,8 +23,9 @@ METHODS = {
 }
 
 
-def answers(model, prompts, *, batch_rows, end_ids=(2,), in_places=False):
-    decoding = Decoding(max_new_tokens=12, batch_rows=batch_rows, end_ids=end_ids, pad_id=0, in_places=in_places)
+def answers(model, prompts, *, batch_rows, end_ids=(2,), in_places=False, replayed=False):
+    how = {"in_places": in_places, "replayed": replayed}
+    decoding = Decoding(max_new_tokens=12, batch_rows=batch_rows, end_ids=end_ids, pad_id=0, **how)
     found = {a.number: (a.ids, a.finish_reason) for batch in predict(model, prompts, decoding) for a in batch}
     return [found[n] for n in range(len(prompts))]
 
@@ -60,6 +63,26 @@ def test_answers_in_places_are_those_of_generate(architecture, method, examples)
     found = answers(model, prompts, batch_rows=5, end_ids=ends, in_places=True)
     assert found == answers(model, prompts, batch_rows=5, end_ids=ends)
     assert len({len(ids) for ids, _ in found}) > 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_replayed_answers_are_those_of_generate(architecture, method):
+    built = build({"name": method, "adapter": METHODS[method]})
+    torch.manual_seed(0)
+    model = built.attach(tiny_base(architecture, seed=1).cuda(), tokenizer=None, num_steps=1, train_rows=()).cuda()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, 96) for _ in range(draw.randint(2, 30))] for _ in range(400)]
+    ends = range(2, 14)  # some 12 % of the words, so that most of the rows leave on the way
+    found = answers(model, prompts, batch_rows=300, end_ids=ends, in_places=True, replayed=True)
+    assert found == answers(model, prompts, batch_rows=300, end_ids=ends)
+    lengths = [len(ids) for ids, _ in found]
+    assert sum(n < 7 for n in lengths) > 150  # of a batch of 300 more than half, at the first look
+    assert max(lengths) == 12
 
 
 def test_an_answer_ends_before_its_end_token(examples):
