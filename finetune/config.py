@@ -184,6 +184,7 @@ class Launch(Section):
     """conf/launch: where and in how many processes a run happens."""
 
     name: Word
+    worker: Literal["never", "always", "auto"]
     num_processes: Annotated[int, Field(ge=1, le=1024)]
     jobs: Annotated[int, Field(ge=1, le=1024)] | None
     device: Literal["auto", "cpu", "cuda"]

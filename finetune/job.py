@@ -20,8 +20,9 @@ from finetune.feeder import Feeder, mean_loss
 from finetune.methods.build import build
 from finetune.methods.method import Method
 from finetune.models.attention import packs
-from finetune.models.load import Base, load
+from finetune.models.load import Base
 from finetune.models.tokenizer import Example, encode_rows, template_hash
+from finetune.shelf import Shelf
 
 log = logging.getLogger("finetune")
 
@@ -34,6 +35,7 @@ class Job:
     config: Mapping[str, Any]
     accelerator: Accelerator
     method: Method
+    bases: Shelf
     base: Base
     split: rows.Split  # only the rows that the method can answer validate
     asked: Sequence[rows.Row]  # the validation rows as the method asks them
@@ -56,7 +58,7 @@ class Job:
         return mean_loss(model, self.valid_rows, feeder=self.feeder, accelerator=self.accelerator)
 
 
-def load_job(run: Path, config: Mapping[str, Any]) -> Job:
+def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     """Data, base and method, and environment.json that records them."""
     refuse(config)
     if config["deterministic"]:
@@ -66,7 +68,7 @@ def load_job(run: Path, config: Mapping[str, Any]) -> Job:
     for place in split.bad[:20]:
         log.warning("left out %s", place)
     method = build(config["method"])
-    base = base_of(config, accelerator.device, precision=precision if method.leaves_base_intact else "float32")
+    base = base_of(config, accelerator.device, bases, precision=precision, intact=method.leaves_base_intact)
     feeder = Feeder(
         packed=method.padding_free and "packing" in config["model"]["has"] and packs(accelerator.device),
         pad_id=base.tokenizer.pad_token_id,
@@ -89,7 +91,7 @@ def load_job(run: Path, config: Mapping[str, Any]) -> Job:
             "notes": split.notes | cut | method.notes(),
         }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
-    return Job(run, config, accelerator, method, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
+    return Job(run, config, accelerator, method, bases, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
 
 
 def _refuse_other_inputs(run: Path, hashes: Mapping[str, str], *, what: Mapping[str, str]) -> None:
@@ -145,11 +147,12 @@ def _accelerator(config: Mapping[str, Any]) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
-def base_of(config: Mapping[str, Any], device: torch.device, *, precision: str) -> Base:
-    """A fresh base of a run, in one precision."""
-    model = {**config["model"], "precision": precision}
+def base_of(config: Mapping[str, Any], device: torch.device, bases: Shelf, *, precision: str, intact: bool) -> Base:
+    """A base as no method has touched it; in float32 if the run does not leave its weights `intact`."""
+    model = {**config["model"], "precision": precision if intact else "float32"}
     tokens = config["task"]["max_prompt_tokens"] + config["task"]["max_target_tokens"]
     quantize = config["method"]["quantize"]
-    base = load(model, scale=config["scale"], quantize=quantize, device=str(device), max_tokens=tokens, log=log.info)
+    how = {"scale": config["scale"], "quantize": quantize, "device": str(device), "max_tokens": tokens, "log": log.info}
+    base = bases.load(model, intact=intact, **how)
     log.info("base %s from %s", config["model"]["name"], base.source)
     return base

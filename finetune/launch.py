@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -64,75 +61,22 @@ def shares(launch: Mapping[str, Any], *, num_gpus: int, miniature: bool) -> list
     return [{"OMP_NUM_THREADS": threads}] * jobs
 
 
-class Slot:
-    """A share of the machine, for one job after the other; `forks`: a worker keeps the imports between them."""
-
-    def __init__(self, share: Mapping[str, str], *, forks: bool) -> None:
-        self.share = share
-        self.worker = Worker(share) if forks else None
-
-    def start(self, run: Path, launch: Mapping[str, Any]) -> Job:
-        """Start the job of a claimed folder."""
-        if self.worker and launch["num_processes"] == 1:
-            if self.worker.process.poll() is not None:
-                self.worker.close()
-                self.worker = Worker(self.share)
-            self.worker.start(run)
-            return Job(run, self.worker)
-        with (run / "run.log").open("ab") as log:
-            return Job(run, _popen(command(run, launch), self.share, stdout=log, stderr=subprocess.STDOUT))
-
-    def close(self) -> None:
-        """End the worker."""
-        if self.worker:
-            self.worker.close()
-
-
-class Worker:
-    """A `finetune.worker`, and the job that it runs now."""
-
-    def __init__(self, share: Mapping[str, str]) -> None:
-        self.threads = int(share["OMP_NUM_THREADS"])
-        # Its own words; a job of it writes into run.log. Closed with the slot.
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115
-        words = [sys.executable, "-m", "finetune.worker"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
-        self.process = _popen(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
-        self.answers: list[int] = []
-
-    def start(self, run: Path) -> None:
-        """Ask for a job; its process id follows when the worker is ready."""
-        self.answers = []
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # a dead worker is seen by `poll`
-            self.process.stdin.write(json.dumps({"run": str(run.resolve()), "threads": self.threads}).encode() + b"\n")
+class Served(Protocol):
+    """A job that a worker runs; see finetune.slots."""
 
     @property
     def pid(self) -> int:
         """The job's process id; the worker's own while there is no job yet."""
-        return self.answers[0] if self.answers else self.process.pid
 
     def poll(self) -> int | None:
         """The job's exit status, negative for a signal; None while it runs."""
-        assert self.process.stdout
-        while len(self.answers) < 2 and select.select([self.process.stdout], [], [], 0)[0]:
-            line = self.process.stdout.readline()
-            if not line:
-                return self.process.wait()
-            self.answers.append(int(line))
-        return self.answers[1] if len(self.answers) == 2 else None
 
-    def close(self) -> None:
-        """End it, and its job with it."""
-        self.process.kill()
-        self.process.wait()
-        self.said.close()
+    @property
+    def lives_on(self) -> bool:
+        """Does the process of the job that ended wait for the next?"""
 
     def last_words(self) -> str:
         """The last line that a worker wrote which died before it began the job."""
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").split("\n") if not self.answers else []
-        return next((line for line in reversed(lines) if line.strip()), "")
 
 
 @dataclass(frozen=True)
@@ -140,17 +84,18 @@ class Job:
     """A claimed folder's job at work: a process with a session of its own that dies with this one, its log run.log."""
 
     run: Path
-    process: subprocess.Popen[bytes] | Worker
+    process: subprocess.Popen[bytes] | Served
 
     def ended(self) -> bool:
         """Has it come to its end? One without scores leaves failure.json."""
         code = self.process.poll()
         if code is None:
             return False
-        kill(self)  # what it may have left in its session
+        worker = None if isinstance(self.process, subprocess.Popen) else self.process
+        if not (worker and worker.lives_on):
+            kill(self)  # what it may have left in its session
         if code != 0 or not any((self.run / name).exists() for name in ("scores.json", "unsupported.json")):
-            said = self.process.last_words() if isinstance(self.process, Worker) else ""
-            fail(self.run, **_death(self.run, code, said))
+            fail(self.run, **_death(self.run, code, worker.last_words() if worker else ""))
         return True
 
 
@@ -206,7 +151,8 @@ def child(words: list[str], **how: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, start_new_session=True, preexec_fn=lambda: die_with_parent(here), **how)
 
 
-def _popen(words: list[str], share: Mapping[str, str], **files: Any) -> subprocess.Popen[bytes]:
+def started(words: list[str], share: Mapping[str, str], **files: Any) -> subprocess.Popen[bytes]:
+    """A child that has its share of the machine."""
     return child(words, env=_environment(share), **{"stdin": subprocess.DEVNULL, **files})
 
 

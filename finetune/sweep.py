@@ -17,8 +17,9 @@ from finetune import claims, runs
 from finetune.cells import Cell, refusals
 from finetune.config import unsupported
 from finetune.interrupts import Ended, held
-from finetune.launch import Job, Slot, end, has_gpu, shares, stop
+from finetune.launch import Job, end, has_gpu, shares, stop
 from finetune.progress import Progress
+from finetune.slots import Slot, way
 
 LOOK_SECONDS = 0.2  # between two looks at the jobs
 ELSEWHERE_SECONDS = 2.0  # between two looks at the cells of other sweeps
@@ -51,6 +52,7 @@ class Sweep:
     def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress) -> None:
         self.free, self.progress = free, progress
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
+        self.several = len(todo) > len(free)  # do cells follow one another on a device?
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
         self.outcomes: dict[Path, str] = {}
@@ -67,7 +69,7 @@ class Sweep:
             self.waiting.extend(self.elsewhere)
             self.elsewhere.clear()
         while self.waiting and self.free:
-            self._start(self.waiting.popleft())
+            self._start(self._next(self.free[-1]))
         if now >= self.next_beat:
             self.next_beat = now + claims.BEAT_SECONDS
             for folder in [folder for folder in self.at_work if not claims.beat(folder)]:
@@ -88,6 +90,12 @@ class Sweep:
         stop(jobs, hurried=lambda: len(asked) > before)
         for folder in self.at_work:
             runs.release(folder)
+
+    def _next(self, slot: Slot) -> Cell:
+        """The first cell on the base that the slot's process keeps, else the first."""
+        cell = next((cell for cell in self.waiting if _base(cell) == slot.base), self.waiting[0])
+        self.waiting.remove(cell)
+        return cell
 
     def _start(self, cell: Cell) -> None:
         begun = self._begin(cell, self.free[-1])
@@ -116,7 +124,7 @@ class Sweep:
         except OSError as error:
             return _refuse(cell, str(error))
         try:
-            return _claimed(cell, slot)
+            return _claimed(cell, slot, several=self.several)
         except OSError as error:
             runs.release(cell.folder)
             return _refuse(cell, str(error))
@@ -148,7 +156,7 @@ class Sweep:
         self.progress.advance(cell.name, outcome)
 
 
-def _claimed(cell: Cell, slot: Slot) -> Job | str:
+def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
     if (cell.folder / "scores.json").exists():
         runs.release(cell.folder)
@@ -160,7 +168,10 @@ def _claimed(cell: Cell, slot: Slot) -> Job | str:
     runs.clear(cell.folder)
     reason = unsupported(cell.config)
     if not reason:
-        return slot.start(cell.folder, cell.config["launch"])
+        launch = cell.config["launch"]
+        how = way(launch, several=several, deterministic=cell.config["deterministic"])
+        slot.base = _base(cell) if how == "stay" else None
+        return slot.start(cell.folder, launch, way=how)
     runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
     runs.release(cell.folder)
     return "unsupported"
@@ -193,11 +204,15 @@ def _shares(todo: Sequence[Cell], num_gpus: int) -> list[dict[str, str]]:
     return min(asked, key=len, default=[{"OMP_NUM_THREADS": "1"}])
 
 
+def _base(cell: Cell) -> str:
+    return cell.folder.parts[-3]
+
+
 def _bases_first(todo: Sequence[Cell]) -> list[Cell]:
     """The first cell of every base, then the second of each: bases that must be built are built side by side."""
     seen: Counter[str] = Counter()
     rank: dict[Path, int] = {}
     for cell in todo:
-        rank[cell.folder] = seen[cell.folder.parts[-3]]
-        seen[cell.folder.parts[-3]] += 1
+        rank[cell.folder] = seen[_base(cell)]
+        seen[_base(cell)] += 1
     return sorted(todo, key=lambda cell: rank[cell.folder])

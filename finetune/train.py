@@ -36,6 +36,7 @@ from finetune.models.load import Base
 from finetune.probe import Probe, State, Subject
 from finetune.resume import Keeper, refuse_small_disk
 from finetune.scores import aggregate
+from finetune.shelf import Shelf
 from finetune.stop import STATUS, Stop, Stopped
 from finetune.track import Tracker
 
@@ -45,11 +46,11 @@ PROBE_ROWS = 8  # validation rows of which the checks compare logits and answers
 LOSS_ROWS = 16  # training rows of which they compare the loss
 
 
-def train(run: Path, stop: Stop) -> None:
+def train(run: Path, stop: Stop, bases: Shelf) -> None:
     """Load, tune, predict, score; scores.json comes last. What an earlier process left is gone on with."""
     began = time.perf_counter()
     config = runs.read_config(run)
-    job = load_job(run, config)
+    job = load_job(run, config, bases)
     if not job.asked:
         return _unsupported(job)
     steps = _plan(job)
@@ -196,9 +197,8 @@ def _general_loss(job: Job, model: Any, *, key: str = "base") -> dict[str, Any]:
 def _reload(job: Job) -> Subject:
     """The saved model on a fresh base."""
     precision = usable_precision(job.config["model"]["precision"], job.accelerator.device)[0]
-    fresh = base_of(
-        job.config, job.accelerator.device, precision=precision if job.method.leaves_base_intact else "float32"
-    )
+    intact = job.method.leaves_base_intact
+    fresh = base_of(job.config, job.accelerator.device, job.bases, precision=precision, intact=intact)
     method = build(job.config["method"])
     model = method.load(fresh.model, job.run / "adapter")
     return Subject(method, model.to(job.accelerator.device), fresh.model)
@@ -266,8 +266,11 @@ def _kind(error: BaseException) -> str:
     return "error"
 
 
-def main(run: Path) -> None:
-    """Run a folder; a failure is written into it and exits with status 1, a polite end with 75."""
+def main(run: Path, bases: Shelf | None = None) -> None:
+    """Run a folder; a failure is written into it and exits with status 1, a polite end with 75.
+
+    `bases` are those that this process keeps between its runs.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -275,7 +278,7 @@ def main(run: Path) -> None:
     stop = Stop()
     try:
         stop.listen()
-        train(run, stop)
+        train(run, stop, bases or Shelf())
     except (Stopped, Exception) as error:
         # Of several processes one may see the others' end first, as an error.
         if stop.asked and (isinstance(error, Stopped) or int(os.environ.get("WORLD_SIZE", "1")) > 1):

@@ -1,59 +1,114 @@
-"""`python -m finetune.worker`: imports what a job needs once, then forks a job for every folder it reads.
+"""`python -m finetune.worker`: imports what a job needs once, then runs a job for every folder it reads.
 
-One JSON line in: {"run": folder, "threads": N}. Two lines out: the job's process id, and its exit status. The job has a
-session of its own; it dies with this process, as this one dies with the sweep. For CPUs: a CUDA context does not fork.
+One JSON line in: {"run": folder, "threads": N, "stays": bool}. Two lines out: the job's process id, and its exit
+status. A job is a fork with a session of its own; one that `stays` runs in this process, which keeps the CUDA context
+(a context does not fork) and the base for the next, and ends after a job that failed, whatever that left behind. All of
+it dies with the sweep.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from accelerate.state import AcceleratorState
 
 from finetune import train
 from finetune.launch import die_with_parent
+from finetune.memory import free
+from finetune.shelf import Shelf
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a job for a checkpoint
+PEAK = Path("/proc/self/clear_refs")  # "5" forgets the most memory that was in use (man 5 proc)
 
 
 def main() -> None:
     """Serve until the input ends."""
+    bases = Shelf()
+    answers = os.fdopen(os.dup(1), "w")  # 1 becomes the log of a job
     for line in sys.stdin:
         job = json.loads(line)
-        here, pid = os.getpid(), os.fork()
-        if pid == 0:
-            die_with_parent(here)
-            _become(Path(job["run"]), threads=job["threads"])
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}  # the job would die with us
-        print(pid, flush=True)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        print(code, flush=True)
+        run, threads = Path(job["run"]), job["threads"]
+        code = _stay(run, bases, answers, threads=threads) if job["stays"] else _fork(run, answers, threads=threads)
+        print(code, file=answers, flush=True)
+        if job["stays"] and code != 0:
+            return
 
 
-def _become(run: Path, *, threads: int) -> None:
-    """Turn this fork into the job: its log is run.log, its input is empty."""
-    os.setsid()
-    with (run / "run.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    torch.set_num_threads(threads)
-    code = 1
+def _fork(run: Path, answers: TextIO, *, threads: int) -> int:
+    """The exit status of a job in a process of its own."""
+    here, pid = os.getpid(), os.fork()
+    if pid == 0:
+        die_with_parent(here)
+        os.setsid()
+        with _log_of(run):
+            os._exit(_status(run, threads=threads))
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}  # the job would die with us
+    print(pid, file=answers, flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code
+
+
+def _stay(run: Path, bases: Shelf, answers: TextIO, *, threads: int) -> int:
+    """The exit status of a job in this process, which is afterwards as it was."""
+    print(os.getpid(), file=answers, flush=True)
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    _forget_peaks()
+    with _log_of(run):
+        code = _status(run, bases, threads=threads)
+        bases.check()
+    free()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state()  # it refuses another precision
+    torch.compiler.reset()  # each run's layers are new ones: compiled code of the last would count against a limit
+    return code
+
+
+def _status(run: Path, bases: Shelf | None = None, *, threads: int) -> int:
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        train.main(run)
-        code = 0
+        train.main(run, bases)
     except SystemExit as error:
-        code = int(error.code or 0)
+        return int(error.code or 0)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+    return 0
+
+
+@contextlib.contextmanager
+def _log_of(run: Path) -> Iterator[None]:
+    """Within, what is said goes into run.log, and there is no input."""
+    before = [os.dup(number) for number in range(3)]
+    with (run / "run.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
+        for number, file in enumerate((nothing, log, log)):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, old in enumerate(before):
+            os.dup2(old, number)
+            os.close(old)
+
+
+def _forget_peaks() -> None:
+    """The most memory in use is counted anew: for this run."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not Linux
+        PEAK.write_text("5")
 
 
 if __name__ == "__main__":

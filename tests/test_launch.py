@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.launch import Slot, end, shares
+from finetune.launch import end, shares
+from finetune.slots import Slot
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +51,7 @@ def test_the_persons_threads_count_where_the_person_shares_the_cores(monkeypatch
 def test_a_job_sees_its_share_and_not_the_persons_threads(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     slot = Slot({"OMP_NUM_THREADS": "3"}, forks=False)
-    job = slot.start(tmp_path, {"num_processes": 1})
+    job = slot.start(tmp_path, {"num_processes": 1}, way="new")
     try:
         found = Path(f"/proc/{job.process.pid}/environ").read_text().split("\0")
         assert "OMP_NUM_THREADS=3" in found
@@ -67,7 +68,7 @@ def test_a_worker_that_cannot_begin_says_why(monkeypatch, tmp_path):
     try:
         run = tmp_path / "run"
         run.mkdir()
-        job = slot.start(run, {"num_processes": 1})
+        job = slot.start(run, {"num_processes": 1}, way="fork")
         deadline = time.monotonic() + 60
         while not job.ended():
             assert time.monotonic() < deadline
