@@ -118,12 +118,18 @@ def end(job: Job) -> None:
 
 
 def kill(job: Job) -> None:
-    """End a job's session at once, and the processes that it started in sessions of their own."""
+    """End a job at once, and all that it started."""
+    kill_session(job.process.pid)
+
+
+def kill_session(pid: int) -> None:
+    """End a process and its session at once, and the processes that it started in sessions of their own."""
     with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(job.process.pid).children(recursive=True):
+        for process in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 process.kill()
-    _signal(job, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def fail(run: Path, *, kind: str, message: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.launch import Job, command, has_gpu, started
+from finetune.launch import Job, command, has_gpu, kill_session, started
 
 
 def way(launch: Mapping[str, Any], *, several: bool, deterministic: bool = False) -> str:
@@ -92,8 +92,7 @@ class Worker:
         if len(self.answers) < 2:
             return None
         if self.stays and self.answers[1] != 0:  # it ends by itself, but perhaps not before the next job is asked for
-            self.process.kill()
-            self.process.wait()
+            self._kill()
         return self.answers[1]
 
     @property
@@ -103,9 +102,12 @@ class Worker:
 
     def close(self) -> None:
         """End it, and its job with it."""
-        self.process.kill()
-        self.process.wait()
+        self._kill()
         self.said.close()
+
+    def _kill(self) -> None:
+        kill_session(self.process.pid)
+        self.process.wait()
 
     def last_words(self) -> str:
         """The last line that a worker wrote which died before it began the job."""

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import torch
 from accelerate.state import AcceleratorState
@@ -47,15 +47,20 @@ def _fork(run: Path, answers: TextIO, *, threads: int) -> int:
     here, pid = os.getpid(), os.fork()
     if pid == 0:
         die_with_parent(here)
-        os.setsid()
-        with _log_of(run):
-            os._exit(_status(run, threads=threads))
+        become(run, threads=threads)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}  # the job would die with us
     print(pid, file=answers, flush=True)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     for number, handler in before.items():
         signal.signal(number, handler)
     return code
+
+
+def become(run: Path, *, threads: int) -> NoReturn:
+    """Turn this fork into the job."""
+    os.setsid()
+    with _log_of(run):
+        os._exit(_status(run, threads=threads))
 
 
 def _stay(run: Path, bases: Shelf, answers: TextIO, *, threads: int) -> int:

@@ -169,8 +169,9 @@ def test_a_wrong_number_of_processes_is_refused(tmp_path, base, command):
     assert "launch.num_processes=2, but 1" in result.stdout
 
 
-def test_a_killed_worker_loses_one_cell(command, tmp_path):
-    sweep = command("-m", "method=lora,none", *ENDLESS, "launch.jobs=1", start=True)
+@pytest.mark.parametrize("launch", ["process", "worker"])
+def test_a_killed_worker_loses_one_cell(command, tmp_path, launch):
+    sweep = command("-m", "method=lora,none", *ENDLESS, f"launch={launch}", "launch.jobs=1", start=True)
     wait_for_file(tmp_path, "multirun/*/*/*/lora*/seed1/steps.jsonl", while_runs=sweep)
     [worker] = psutil.Process(sweep.pid).children()
     worker.kill()

@@ -18,9 +18,11 @@ KINDS = {
 }
 
 
-def test_however_cells_die_the_others_finish(command, tmp_path, fault):
+@pytest.mark.parametrize("launch", ["process", pytest.param("worker", marks=pytest.mark.faults)])
+def test_however_cells_die_the_others_finish(command, tmp_path, fault, launch):
     places = fault(**{f"seed{seed}/steps.jsonl": kind for seed, (kind, _, _) in KINDS.items()})
-    result = command("-m", "method=lora", f"seed={','.join(map(str, [*KINDS, 7]))}", "launch.jobs=1", **places)
+    seeds = f"seed={','.join(map(str, [*KINDS, 7]))}"
+    result = command("-m", "method=lora", seeds, f"launch={launch}", "launch.jobs=1", **places)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     found = {int(folder.name.removeprefix("seed")): folder for folder in folders(tmp_path)}
