@@ -17,9 +17,10 @@ from finetune import checks
 from finetune.evaluate import Decoding
 from finetune.feeder import Feeder
 from finetune.loop import Loop
+from finetune.methods.adalora import AdaLora
 from finetune.methods.full import Full
 from finetune.methods.none import Untouched
-from finetune.methods.peft import AdaLora, Peft
+from finetune.methods.peft import Peft
 from finetune.probe import Probe, Subject, checksum, measure, say
 
 OPTIM = {

@@ -21,7 +21,7 @@ from finetune.stop import Stop, Stopped
 NUM_STEPS = 12
 DROPOUT = {**LORA, "lora_dropout": 0.3}
 ADALORA = {
-    "_target_": "finetune.methods.peft.AdaLora",
+    "_target_": "finetune.methods.adalora.AdaLora",
     **{"task_type": "CAUSAL_LM", "init_r": 6, "target_r": 3, "target_modules": "all-linear"},
     **{"tinit": 0.1, "tfinal": 0.3, "deltaT": 2, "orth_reg_weight": 0.5, "lora_dropout": 0.1},
 }

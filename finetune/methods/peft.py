@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora.monteclora import MontecloraSampler
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ EMBEDDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)  # virtual tokens that ar
 # LoRA starts that take a part out of the base's weights and put it into A and B, and do not give it back.
 MOVING = ("pissa", "olora", "loftq")
 RANDOM = (PeftType.UNILORA, PeftType.VBLORA)  # their factors are small at the start, but not 0
-IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # AdaLoRA's, by parameter: plain dicts of its rank allocator
 COPYING = (PeftType.LN_TUNING, PeftType.SHADOW)  # train copies of the base's modules, in the base's precision
 
 
@@ -116,78 +115,3 @@ def _embeddings(wrapper: Any) -> Tensor:
     with torch.autocast(device.type, enabled=False):
         found: Tensor = wrapper.get_prompt(batch_size=1)[0]
     return found
-
-
-class AdaLora(Method):
-    """AdaLoRA with the schedule given as shares of the run (Zhang et al. 2023, arXiv:2303.10512).
-
-    `tinit` and `tfinal` are the shares of the steps before pruning starts and after it has ended.
-    """
-
-    replayable = ("graph",)
-
-    def __init__(self, *, tinit: float, tfinal: float, orth_reg_weight: float, **arguments: Any) -> None:
-        if not (tinit >= 0 and tfinal >= 0 and tinit + tfinal < 1):
-            raise ValueError(f"tinit={tinit} and tfinal={tfinal} are shares of the steps and must sum to less than 1")
-        self.shares = (tinit, tfinal)
-        self.weight = orth_reg_weight
-        self.model: Any = None
-        self.arguments = arguments
-        AdaLoraConfig(total_step=10, tinit=1, tfinal=1, **arguments)  # refuses what PEFT does not know
-
-    def attach(self, model: Any, *, tokenizer: Any, num_steps: int, train_rows: Sequence[Row]) -> Any:
-        """Wrap the base; the budget follows the run's optimizer steps."""
-        tinit, tfinal = (round(share * num_steps) for share in self.shares)
-        schedule: dict[str, Any] = {
-            "total_step": num_steps,
-            "tinit": tinit,
-            "tfinal": tfinal,
-            "orth_reg_weight": self.weight,
-        }
-        self.model = get_peft_model(model, AdaLoraConfig(**schedule, **self.arguments))
-        return self.model
-
-    def state(self) -> dict[str, Any]:
-        """Importances, their averages, and the ranks that are kept."""
-        averages = {name: getattr(self.model.base_model.rankallocator, name) for name in IMPORTANCES}
-        return {**averages, "rank_pattern": self.model.peft_config["default"].rank_pattern}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
-        for name in IMPORTANCES:
-            tensors = {key: tensor.to(self.model.device) for key, tensor in state[name].items()}
-            setattr(self.model.base_model.rankallocator, name, tensors)
-        self.model.peft_config["default"].rank_pattern = state["rank_pattern"]
-
-    def penalty(self, model: nn.Module) -> Tensor | float:
-        """Mean of |P^T P - I| + |Q Q^T - I| over the layers' factors (eq. 4); PEFT adds it to its own loss only."""
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        factors = [p if "lora_A" in n else p.T for n, p in named if "lora_A" in n or "lora_B" in n]  # (rank, features)
-        return self.weight * sum(map(_orthogonality, factors)) / len(factors)
-
-    def after_step(self, model: nn.Module, step: int) -> None:
-        """Move the rank budget while this step's gradients are there."""
-        model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
-
-    def check(self, model: Any) -> Finding | None:
-        """Did the ranks move, and is their sum the budget?"""
-        config = model.peft_config["default"]
-        ranks = [int(torch.count_nonzero(p)) for n, p in model.named_parameters() if "lora_E" in n]
-        kept, budget = sum(map(sum, (config.rank_pattern or {}).values())), config.target_r * len(ranks)
-        moved = 0 < kept < config.init_r * len(ranks)
-        note = f"ranks {min(ranks)} to {max(ranks)} from {config.init_r}; {kept} kept, {sum(ranks)} in use of {budget}"
-        return Finding(moved and sum(ranks) <= kept <= budget, note)
-
-    def save(self, model: Any, folder: Path) -> None:
-        """As PEFT reads it back."""
-        model.save_pretrained(folder, save_embedding_layers=False)
-
-    def load(self, model: Any, folder: Path) -> Any:
-        """PEFT's own loading, from safetensors."""
-        return PeftModel.from_pretrained(model, folder)
-
-
-def _orthogonality(factor: Tensor) -> Tensor:
-    """Frobenius norm of F F^T - I for a factor (rank, features)."""
-    gram = factor @ factor.T
-    return (gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).norm(p="fro")

@@ -10,7 +10,7 @@ from finetune.methods.method import trainable
 
 LORA = {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 ADALORA = {
-    "_target_": "finetune.methods.peft.AdaLora",
+    "_target_": "finetune.methods.adalora.AdaLora",
     "task_type": "CAUSAL_LM",
     "init_r": 6,
     "target_r": 2,
@@ -45,6 +45,30 @@ def test_adalora_penalty_is_what_peft_adds_to_its_own_loss(examples):
     theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
     plain = model.base_model.model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
     assert method.penalty(model).item() == pytest.approx((theirs - plain).item(), rel=1e-5)
+
+
+def test_adalora_weighs_and_prunes_as_peft_does(examples):
+    """Bit by bit, also where the ranks are settled: what takes few operations here takes thousands there."""
+    (ours, model), (_, theirs) = attached(ADALORA), attached(ADALORA)
+    allocator = theirs.base_model.rankallocator
+    del allocator.update_ipt, allocator.mask_using_rank_pattern  # PEFT's own again
+    for step in range(1, 21):
+        for tuned in (model, theirs):
+            tuned.zero_grad()
+            summed_loss(tuned, pad(examples, pad_id=0)).backward()
+            with torch.no_grad():
+                for weight in trainable(tuned):
+                    weight -= 1e-3 * weight.grad
+        ours.after_step(model, step)
+        theirs.base_model.update_and_allocate(step)
+        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+            mine, other = (getattr(tuned.base_model.rankallocator, name) for tuned in (model, theirs))
+            assert mine.keys() == other.keys()
+            assert all(torch.equal(mine[key], other[key]) for key in other)
+        for mine, other in zip(trainable(model), trainable(theirs), strict=True):
+            assert torch.equal(mine, other)
+    assert model.peft_config["default"].rank_pattern == theirs.peft_config["default"].rank_pattern
+    assert sum(int((e == 0).sum()) for n, e in model.named_parameters() if "lora_E" in n) > 0
 
 
 def test_adalora_ranks_reach_the_budget(examples):
