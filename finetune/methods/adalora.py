@@ -103,17 +103,18 @@ class AdaLora(Method):
 
         The same operations as PEFT's on every tensor, so that the bits are the same.
         """
-        names, weights = list(self.weights), list(self.weights.values())
+        names, weights = list(self.weights), [weight.data for weight in self.weights.values()]
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         allocator = self.allocator
         if not allocator.ipt:
             for kept in IMPORTANCES:
                 setattr(allocator, kept, {name: torch.zeros_like(weight) for name, weight in self.weights.items()})
         mean, deviation = ([kept[name] for name in names] for kept in (allocator.exp_avg_ipt, allocator.exp_avg_unc))
-        now = torch._foreach_mul(weights, [weight.grad for weight in weights])
+        now = list(torch._foreach_mul(weights, gradients))
         torch._foreach_abs_(now)
         allocator.ipt = dict(zip(names, now, strict=True))
         _average_(mean, now, allocator.beta1)
-        apart = torch._foreach_sub(now, mean)
+        apart = list(torch._foreach_sub(now, mean))
         torch._foreach_abs_(apart)
         _average_(deviation, apart, allocator.beta2)
 
@@ -126,10 +127,10 @@ class AdaLora(Method):
         torch._foreach_mul_([self.weights[name] for name in dropped], list(kept[..., None]))
 
 
-def _average_(mean: Sequence[Tensor], new: Sequence[Tensor], beta: float) -> None:
+def _average_(mean: list[Tensor], new: list[Tensor], beta: float) -> None:
     """mean = beta * mean + (1 - beta) * new, in place."""
     torch._foreach_mul_(mean, beta)
-    torch._foreach_add_(mean, torch._foreach_mul(new, 1 - beta))
+    torch._foreach_add_(mean, list(torch._foreach_mul(new, 1 - beta)))
 
 
 def _shape(factor: Tensor) -> tuple[int, ...]:
