@@ -43,13 +43,14 @@ def examine(
     A check that cannot be made is a finding too, and never ends the run.
     """
     method, (base, base_again, start, control) = subject.method, before
-    end = functools.cache(lambda: measure(probe, subject.model))  # measured by the first check that needs it
+    # Measured by the first check that needs it.
+    end, said = functools.cache(lambda: measure(probe, subject.model)), functools.cache(lambda: say(probe, subject))
     checks: dict[str, Callable[[], Finding]] = {
         "weights": lambda: weights(probe, subject, base, start, end()),
         "logits": lambda: logits(probe, subject, (base, base_again, start, end())) if method.trains else UNTRAINED,
         "loss": lambda: loss(start.losses, control.losses, end().losses) if method.trains else UNTRAINED,
-        "cache": lambda: cache(probe, subject, say(probe, subject)),
-        "reload": lambda: _reload(probe, subject, end(), reload),
+        "cache": lambda: cache(probe, subject, said()),
+        "reload": lambda: _reload(probe, subject, end(), said, reload),
         "method": lambda: of_method(probe, subject, end(), alpha=optim.get("neftune_alpha")),
     }
     return {name: asdict(_find(name, check)) for name, check in checks.items()}
@@ -112,9 +113,9 @@ def cache(probe: Probe, subject: Subject, said: Said) -> Finding:
     return Finding(apart <= close and not differing, note)
 
 
-def reloaded(probe: Probe, subject: Subject, end: State, again: Subject) -> Finding:
+def reloaded(probe: Probe, subject: Subject, end: State, ours: Said, again: Subject) -> Finding:
     """What was saved, put onto a fresh base, answers the same."""
-    found, ours, theirs = measure(probe, again.model), say(probe, subject), say(probe, again)
+    found, theirs = measure(probe, again.model), say(probe, again)
     close = rounding(probe, subject.model) * float(end.logits.abs().max())
     apart, differing = _apart(found.logits, end.logits), _differing(ours.alone, theirs.alone, ours.forced, close=close)
     note = f"read back, logits differ by {apart:.2g} (rounding: {close:.1g}), "
@@ -122,9 +123,11 @@ def reloaded(probe: Probe, subject: Subject, end: State, again: Subject) -> Find
     return Finding(apart <= close and not differing, note)
 
 
-def _reload(probe: Probe, subject: Subject, end: State, reload: Callable[[], Subject]) -> Finding:
+def _reload(
+    probe: Probe, subject: Subject, end: State, said: Callable[[], Said], reload: Callable[[], Subject]
+) -> Finding:
     if not subject.method.answers:
-        return reloaded(probe, subject, end, reload()) if subject.method.trains else UNTRAINED
+        return reloaded(probe, subject, end, said(), reload()) if subject.method.trains else UNTRAINED
     assert probe.encode
     ours, theirs = (s.method.predict(s.model, probe.asked, encode=probe.encode) for s in (subject, reload()))
     differing = sum(one != other for one, other in zip(ours or [], theirs or [], strict=True))

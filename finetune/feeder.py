@@ -50,17 +50,29 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         logits = logits[:, -batch.longest :].flatten(0, 1)[batch.kept]  # virtual tokens come first
     else:
-        logits = model(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=batch.kept,
-            cu_seq_lens_q=batch.bounds,
-            cu_seq_lens_k=batch.bounds,
-            max_length_q=batch.longest,
-            max_length_k=batch.longest,
-        ).logits[0]
+        logits = model(**_packed_inputs(batch)).logits[0]
     return cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+
+def packed_logits(model: Any, batch: Batch) -> Tensor:
+    """(supervised, vocabulary) of a pack."""
+    with packing(model):
+        found: Tensor = model(**_packed_inputs(batch)).logits[0]
+    return found
+
+
+def _packed_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model that attends by rows is given."""
+    return {
+        "input_ids": batch.ids,
+        "position_ids": batch.positions,
+        "use_cache": False,
+        "logits_to_keep": batch.kept,
+        "cu_seq_lens_q": batch.bounds,
+        "cu_seq_lens_k": batch.bounds,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }
 
 
 def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, accelerator: Accelerator) -> float:

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from finetune.data.batches import Example, pad
+from finetune.data.batches import Example, pack, pad, supervised
 from finetune.data.rows import Row
 from finetune.evaluate import Answer, Decoding, predict
-from finetune.feeder import summed_loss
+from finetune.feeder import packed_logits, summed_loss
 from finetune.methods.method import Encode, Method
 
 TOKENS = 8  # of each row's answer that are looked at
+LOGITS = 512  # positions at once: with 152 k words of float32 0.3 GiB
 # Rounding between two ways to compute the same logits, as a share of the largest: batches, caches and kernels differ.
 ROUNDING = {"no": 1e-4, "fp16": 2**-8, "bf16": 2**-5}
 _SEEDS = itertools.count(1)
@@ -33,6 +35,7 @@ class Probe:
     seen: Sequence[Example]  # training rows, for losses
     decoding: Decoding
     loss_on: str = "target"
+    packed: bool = False  # may rows be measured together, padding-free?
     asked: Sequence[Row] = ()  # the validation rows, for methods that answer by themselves
     encode: Encode | None = None
 
@@ -77,10 +80,12 @@ class Said:
 def measure(probe: Probe, model: Any) -> State:
     """Weights, logits and losses; neither the weights nor the run's random numbers are touched."""
     with _at_rest(probe, model):
-        logits = [_logits(model, row.ids[: row.num_prompt + TOKENS - 1], since=row.num_prompt) for row in probe.rows]
-        losses = [_loss(probe, model, row).item() for row in probe.seen]
+        logits = _logits(
+            probe, model, [Part(row.ids[: row.num_prompt + TOKENS - 1], row.num_prompt) for row in probe.rows]
+        )
+        losses = _losses(probe, model)
     weights = {id(p): Weight(name, p, checksum(p)) for name, p in model.named_parameters()}
-    return State(weights, torch.cat(logits), torch.tensor(losses))
+    return State(weights, logits, losses)
 
 
 def say(probe: Probe, subject: Subject) -> Said:
@@ -89,14 +94,14 @@ def say(probe: Probe, subject: Subject) -> Said:
     with _at_rest(probe, subject.model):
         alone = dict(_answers(probe, subject, prompts, batch_rows=1))
         together = dict(_answers(probe, subject, prompts, batch_rows=len(prompts)))
-        cached, forced = [], []
+        cached, parts = [], []
         for number, prompt in enumerate(prompts):
             answer, logits = alone[number]
             cached.append(logits)
-            ids = [*prompt, *answer.ids[: len(logits) - 1]]
-            forced.append(_logits(subject.model, ids, since=len(prompt)))
+            parts.append(Part([*prompt, *answer.ids[: len(logits) - 1]], len(prompt)))
+        forced = _logits(probe, subject.model, parts)
     one, many = ([found[n][0] for n in range(len(prompts))] for found in (alone, together))
-    return Said(one, many, torch.cat(cached), torch.cat(forced))
+    return Said(one, many, torch.cat(cached), forced)
 
 
 def reached(probe: Probe, model: Any) -> set[int]:
@@ -143,11 +148,52 @@ def _at_rest(probe: Probe, model: Any) -> Iterator[None]:
     model.eval()
 
 
-def _logits(model: Any, ids: Sequence[int], *, since: int) -> Tensor:
-    """(positions, vocabulary) from the last of the first `since` tokens on, without a cache."""
-    count = len(ids) - since + 1
-    found = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=count).logits
-    return found[0, -count:].float().cpu()
+@dataclass(frozen=True)
+class Part:
+    """Tokens whose logits are looked at from the last of the first `num_prompt` on."""
+
+    ids: Sequence[int]
+    num_prompt: int
+
+
+def _logits(probe: Probe, model: Any, parts: Sequence[Part]) -> Tensor:
+    """(positions, vocabulary) of one part after the other, without a cache."""
+    if probe.packed:
+        longer = [Part([*part.ids, 0], part.num_prompt) for part in parts]  # the last token's logits count, too
+        return packed_logits(model, pack(longer).to(probe.accelerator.device)).float().cpu()
+    found = []
+    for part in parts:
+        ids, count = torch.tensor([part.ids], device=model.device), len(part.ids) - part.num_prompt + 1
+        found.append(model(input_ids=ids, use_cache=False, logits_to_keep=count).logits[0, -count:].float().cpu())
+    return torch.cat(found)
+
+
+def _losses(probe: Probe, model: Any) -> Tensor:
+    """Mean cross-entropy of every seen row, nats per token (rows,)."""
+    if not probe.packed:
+        return torch.tensor([_loss(probe, model, row).item() for row in probe.seen])
+    found: list[float] = []
+    for rows in _of_few_logits(probe):
+        batch = pack(rows, loss_on=probe.loss_on).to(probe.accelerator.device)
+        losses = cross_entropy(packed_logits(model, batch).float(), batch.labels, reduction="none")
+        parts = losses.split([len(supervised(row, loss_on=probe.loss_on)) for row in rows])
+        found += torch.stack([part.mean() for part in parts]).tolist()
+    return torch.tensor(found)
+
+
+def _of_few_logits(probe: Probe) -> Iterator[list[Example]]:
+    """The seen rows in groups of at most `LOGITS` supervised tokens, at least one row each."""
+    group: list[Example] = []
+    count = 0
+    for row in probe.seen:
+        size = len(supervised(row, loss_on=probe.loss_on))
+        if group and count + size > LOGITS:
+            yield group
+            group, count = [], 0
+        group.append(row)
+        count += size
+    if group:
+        yield group
 
 
 def _loss(probe: Probe, model: Any, row: Example) -> Tensor:

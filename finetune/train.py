@@ -173,7 +173,7 @@ def _probe(job: Job, steps: Sequence[Sequence[int]]) -> Probe:
     loss_on = job.config["optim"]["loss_on"]
     rows_asked = job.asked[:PROBE_ROWS]
     valid = job.valid_rows[:PROBE_ROWS]
-    return Probe(job.accelerator, valid, examples, decoding(job), loss_on, rows_asked, job.encode)
+    return Probe(job.accelerator, valid, examples, decoding(job), loss_on, job.feeder.packed, rows_asked, job.encode)
 
 
 def _measured(job: Job, probe: Probe, model: Any) -> tuple[tuple[State, ...], float]:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ARCHITECTURES, tiny_base
-from peft import LoraConfig, PrefixTuningConfig
+from conftest import ARCHITECTURES, PACKED, tiny_base
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 from finetune import checks
 from finetune.evaluate import Decoding
@@ -19,8 +19,10 @@ from finetune.feeder import Feeder
 from finetune.loop import Loop
 from finetune.methods.adalora import AdaLora
 from finetune.methods.full import Full
+from finetune.methods.method import trainable
 from finetune.methods.none import Untouched
 from finetune.methods.peft import Peft
+from finetune.methods.prefix import Prefix
 from finetune.probe import Probe, Subject, checksum, measure, say
 
 OPTIM = {
@@ -99,15 +101,16 @@ def prefix():
     return Peft(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
-def probe_of(examples):
+def probe_of(examples, *, packed=False):
     rows = [SimpleNamespace(ids=[*e.ids, 2], num_prompt=e.num_prompt) for e in examples]
     decoding = Decoding(max_new_tokens=8, batch_rows=8, end_ids=(2,), pad_id=0)
-    return Probe(Accelerator(cpu=True), rows[:8], rows, decoding)
+    return Probe(Accelerator(cpu=True), rows[:8], rows, decoding, packed=packed)
 
 
 def guarded(method, examples, tmp_path, *, architecture="qwen2", lr=1e-2, again=None, **optim):
     """The findings of twenty steps."""
-    probe, base = probe_of(examples), tiny_base(architecture)
+    probe = probe_of(examples, packed=architecture in PACKED and method.padding_free)
+    base = tiny_base(architecture)
     before = checks.twice(probe, base)
     torch.manual_seed(0)
     model = method.attach(base, tokenizer=None, num_steps=20, train_rows=())
@@ -125,6 +128,24 @@ def guarded(method, examples, tmp_path, *, architecture="qwen2", lr=1e-2, again=
         return Subject(method, method.load(fresh, tmp_path), fresh)
 
     return checks.examine(probe, Subject(method, model, base), before, reload=reload, optim=OPTIM | optim)
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("name", ["lora", "prompt", "own_prefix"])
+def test_rows_measured_together_are_those_measured_alone(examples, name, architecture):
+    made = {
+        "lora": lambda: Peft(lora()),
+        "prompt": lambda: Peft(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+    }
+    made["own_prefix"] = lambda: Prefix(num_virtual_tokens=4)
+    method = made[name]()
+    model = method.attach(tiny_base(architecture), tokenizer=None, num_steps=1, train_rows=())
+    for weight in trainable(model):
+        torch.nn.init.normal_(weight, std=0.3)
+    alone, together = (measure(probe_of(examples, packed=packed), model) for packed in (False, True))
+    torch.testing.assert_close(together.logits, alone.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.losses, alone.losses, rtol=1e-5, atol=1e-6)
+    assert len(set(alone.losses.tolist())) == len(examples)
 
 
 def failed(findings):
