@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
-from benchmarks.training import SHAPES, base, lora
+from benchmarks.peers import lora
+from benchmarks.shapes import base, vocab_size
 from finetune.greedy import greedy
 
 PROMPT, NEW = 200, 64
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rows", default="8,64,256,512")
     parser.add_argument("--shape", default="0.5B")
     args = parser.parse_args()
-    model = lora(base(args.shape, dtype=torch.bfloat16)).eval()
+    model = get_peft_model(base(args.shape, dtype=torch.bfloat16), lora()).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -40,7 +42,7 @@ def main() -> None:
             merged = model.merge_and_unload()
         network = merged or model
         for count in map(int, args.rows.split(",")):
-            ids = torch.randint(5, SHAPES[args.shape]["vocab_size"], (count, PROMPT), device=network.device)
+            ids = torch.randint(5, vocab_size(args.shape), (count, PROMPT), device=network.device)
             reference: Tensor | None = None
             for name, decode in (("generate", _generate), ("places", _places)):
                 new, rate = _timed(decode, network, ids)

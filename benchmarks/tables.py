@@ -1,0 +1,176 @@
+"""Lines of benchmarks.training and benchmarks.cell -> Markdown for docs/benchmarks.md. The last line of each counts.
+
+python -m benchmarks.tables benchmarks.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.formula import ANSWERS, CELLS, EPOCHS, ROWS, grid_seconds, seconds
+
+Line = Mapping[str, Any]
+GROWTH = (500, 2000, 8000)  # training rows
+
+
+def main() -> None:
+    """Print every table that the lines allow."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+")
+    files = parser.parse_args().files
+    print("\n\n".join(document([json.loads(text) for file in files for text in file.read_text().splitlines()])))
+
+
+def document(lines: Sequence[Line]) -> list[str]:
+    """The tables with their titles, and what failed."""
+    good = [line for line in lines if "failed" not in line]
+    found = [_about(good)]
+    for title, make in (
+        ("Steady training", training),
+        ("Tokens/s of this project to a peer's", ratios),
+        (f"Whole cells, seconds ({ROWS} rows x {EPOCHS} epochs, {ANSWERS} answers, by the formula)", cells),
+        (f"Grids of {CELLS} cells, seconds, by the formula", grids),
+        ("How cost grows, seconds, by the formula", growth),
+        ("The formula and real cells", checks),
+        ("Memory", memory),
+    ):
+        if table := make(good):
+            found.append(f"### {title}\n\n{table}")
+    found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in lines if "failed" in x]
+    return found
+
+
+def training(lines: Sequence[Line]) -> str:
+    """Rates, memory and start-up of every contender."""
+    rows = [
+        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]), f"{x['steps_per_second']:.1f}",
+         f"{x['peak_gib']:.1f}", f"{x['start_up_seconds']:.0f}", f"{x['first_loss']:.2f}")
+        for x in _latest(lines, what="training")
+    ]  # fmt: skip
+    return table("shape|contender|rows' length|tokens/s|steps/s|peak GiB|start-up s|first loss", rows, words=3)
+
+
+def ratios(lines: Sequence[Line]) -> str:
+    """This project's rate over each peer's at the peer's own number of rows."""
+    rates = {(x["shape"], x["who"]): x["tokens_per_second"] for x in _latest(lines, what="training") if x["times"] == 1}
+    pairs = (
+        ("compiled", "trl"), ("compiled", "trl-tuned"), ("compiled", "trainer"), ("compiled-4", "peft"),
+        ("compiled-64", "trl-tuned-32"), ("eager", "trl"),
+    )  # fmt: skip
+    shapes = list(dict.fromkeys(shape for shape, _ in rates))
+    rows = []
+    for own, peer in pairs:
+        found = [_ratio(rates.get((shape, own)), rates.get((shape, peer))) for shape in shapes]
+        if any(found):
+            rows.append((f"{own} to {peer}", *found))
+    return table("|".join(["", *shapes]), rows, words=1)
+
+
+def cells(lines: Sequence[Line]) -> str:
+    """What was measured of a LoRA cell, and what follows."""
+    rows = []
+    for x in _latest(lines, what="cell"):
+        if list(x["cells"]) != ["lora"]:
+            continue
+        cell = x["cells"]["lora"]
+        rows.append(
+            (x["shape"], x["who"], f"{x['wall_seconds']:.0f}", f"{cell['num_steps']}", f"{cell['answers']}",
+             f"{cell['start_up_seconds']:.0f}", _thousands(cell["tokens_per_second"]),
+             f"{1000 * cell['answer_seconds'] / cell['answers']:.0f}", f"{seconds(x):.0f}")
+        )  # fmt: skip
+    head = "shape|contender|measured: s|steps|answers|start-up s|tokens/s|ms an answer|whole cell s"
+    return table(head, rows, words=2)
+
+
+def grids(lines: Sequence[Line]) -> str:
+    """Of commands with all cells, and of single cells one after the other."""
+    usable = [x for x in _latest(lines, what="cell") if len(x["cells"]) in (1, CELLS)]
+    rows = [
+        (x["shape"], x["who"], f"{len(x['cells'])}", f"{x['wall_seconds']:.0f}", f"{grid_seconds(x):.0f}")
+        for x in usable
+    ]
+    return table("shape|contender|cells measured|s|grid s", rows, words=2)
+
+
+def growth(lines: Sequence[Line]) -> str:
+    """With the rows (answers stay) and with the cells."""
+    rows = []
+    for x in _latest(lines, what="cell"):
+        if list(x["cells"]) == ["lora"]:
+            by_rows = [f"{seconds(x, num_rows=number):.0f}" for number in GROWTH]
+            rows.append((x["shape"], x["who"], *by_rows, f"{5 * seconds(x):.0f}", f"{20 * seconds(x):.0f}"))
+    head = "|".join([*(f"{number} rows" for number in GROWTH), f"5 cells of {ROWS}", "20 cells, one command each"])
+    return table(f"shape|contender|{head}", rows, words=2)
+
+
+def checks(lines: Sequence[Line]) -> str:
+    """Real cells beside what the formula says of them."""
+    short = {(x["shape"], x["who"]): x for x in _latest(lines, what="cell") if list(x["cells"]) == ["lora"]}
+    rows = []
+    for x in _latest(lines, what="check"):
+        if (basis := short.get((x["shape"], x["who"]))) and (cell := x["cells"].get("lora")):
+            more = seconds({**basis, "wall_seconds": 0.0}, num_rows=x["rows"], answers=cell["answers"])
+            said, real = basis["wall_seconds"] + more, x["wall_seconds"]
+            rows.append((x["shape"], x["who"], f"{x['rows']}", f"{said:.1f}", f"{real:.1f}", f"{said / real - 1:+.0%}"))
+    return table("shape|contender|rows|formula s|real s|deviation", rows, words=2)
+
+
+def memory(lines: Sequence[Line]) -> str:
+    """Peaks of the optimizers and of QLoRA, as shares of the first of their kind."""
+    peaks = {(x["shape"], x["who"]): x["peak_gib"] for x in _latest(lines, what="training")}
+    rows = []
+    for (shape, who), peak in peaks.items():
+        way = who.rpartition("-")[2]
+        plain = "full-adamw" if "adamw_8bit" in who else "" if not who.startswith("qlora") else way
+        if whole := peaks.get((shape, plain)):
+            rows.append((shape, who, plain, f"{peak:.1f}", f"{whole:.1f}", f"{1 - peak / whole:.0%}"))
+    return table("shape|contender|compared with|peak GiB|its peak GiB|less", rows, words=3)
+
+
+def table(head: str, rows: Iterable[Sequence[str]], *, words: int) -> str:
+    """Markdown; the first `words` columns are words, the others numbers. Empty without rows."""
+    names = head.split("|")
+    rows = list(rows)
+    if not rows:
+        return ""
+    marks = ["---" if number < words else "--:" for number in range(len(names))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (names, marks, *rows))
+
+
+def _latest(lines: Iterable[Line], *, what: str) -> list[Line]:
+    """The last of every contender's lines of one kind."""
+    found: dict[tuple[Any, ...], Line] = {}
+    for line in lines:
+        if line["what"] == what:
+            key = (line["shape"], line["who"], line.get("times"), tuple(line.get("cells", ())))
+            found[key] = line
+    return list(found.values())
+
+
+def _about(lines: Sequence[Line]) -> str:
+    """Hardware, versions, days and commands."""
+    places = {x["hardware"]: None for x in lines}
+    versions = {f"{name} {number}": None for x in lines for name, number in x["versions"].items()}
+    commands = {f"    {x['command']}": None for x in lines}
+    days = sorted({x["date"] for x in lines})
+    return "\n".join([f"{'; '.join(places)}; {', '.join(versions)}; {', '.join(days)}", "", *commands])
+
+
+def _times(line: Line) -> str:
+    return f"x {line['times']:g}"
+
+
+def _thousands(rate: float) -> str:
+    return f"{rate / 1000:.1f} k"
+
+
+def _ratio(own: float | None, peer: float | None) -> str:
+    return f"{own / peer:.1f}" if own and peer else ""
+
+
+if __name__ == "__main__":
+    main()
