@@ -31,8 +31,15 @@ faults: install ## Kill, starve and mislead real runs, and see that nothing is l
 	$(BIN)/python -m pytest -q -m faults tests
 
 bench: install ## Measure speed against peers (a GPU, trl and datasets are needed)
+	$(BIN)/python -m benchmarks.cell --shape 0.5B --who worker --methods lora,qlora,prefix,prompt,ptuning
+	$(BIN)/python -m benchmarks.cell --shape 0.5B --who process,trl,trl-tuned,trainer,peft
+	$(BIN)/python -m benchmarks.cell --shape 0.5B --who process,trl --check 300
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --seconds 30
+	$(BIN)/python -m benchmarks.training --shapes 0.5B --who full-adamw,full-adamw_8bit,full-paged_adamw_8bit --seconds 5
+	$(BIN)/python -m benchmarks.training --shapes 7B --who eager-1,qlora-eager-1,qlora-eager --seconds 5
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.demo_cell
+	$(BIN)/python -m benchmarks.tables benchmarks.jsonl
 
 check: install ## Lint, formatting, types, layers
 	$(BIN)/ruff format --check .

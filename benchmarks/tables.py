@@ -121,12 +121,11 @@ def checks(lines: Sequence[Line]) -> str:
 
 def memory(lines: Sequence[Line]) -> str:
     """Peaks of the optimizers and of QLoRA, as shares of the first of their kind."""
-    peaks = {(x["shape"], x["who"]): x["peak_gib"] for x in _latest(lines, what="training")}
+    peaks = {(x["shape"], x["who"]): x["peak_gib"] for x in _latest(lines, what="training") if x["times"] == 1}
     rows = []
     for (shape, who), peak in peaks.items():
-        way = who.rpartition("-")[2]
-        plain = "full-adamw" if "adamw_8bit" in who else "" if not who.startswith("qlora") else way
-        if whole := peaks.get((shape, plain)):
+        plain = "full-adamw" if "adamw_8bit" in who else who.removeprefix("qlora-")
+        if who != plain and (whole := peaks.get((shape, plain))):
             rows.append((shape, who, plain, f"{peak:.1f}", f"{whole:.1f}", f"{1 - peak / whole:.0%}"))
     return table("shape|contender|compared with|peak GiB|its peak GiB|less", rows, words=3)
 
