@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from finetune.data.batches import pack, pad
 from finetune.feeder import Feeder, summed_loss
+from finetune.graphs import recomputable
 from finetune.loop import Loop
 from finetune.methods.method import trainable
 from finetune.methods.peft import Peft
@@ -58,7 +59,7 @@ def gradients(model, batch, *, within=contextlib.nullcontext, alpha=None, passes
             attention = contextlib.nullcontext() if batch.bounds is None else packing(model.get_base_model())
             with attention, noisy(model, batch, alpha=alpha):
                 loss = summed_loss(model, batch)
-            loss.backward()
+                loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -210,7 +211,7 @@ def test_compiled_blocks_are_one_kind_but_for_the_first(checkpointed, examples):
     torch._dynamo.reset()
     counters.clear()
     layers = model.get_base_model().model.layers
-    with lean(model):
+    with lean(model), recomputable():
         for layer in layers:
             layer.compile(backend="aot_eager", fullgraph=True)
         try:
