@@ -43,28 +43,38 @@ class Joint:
 @contextlib.contextmanager
 def lean(model: Any) -> Iterator[None]:
     """Within, layers of a PEFT model that are W x + s B A x and nothing else compute just that."""
-    joints = [_joint(layers) for layers in _groups(model)]
-    stacks = _stacks(joints)
-
-    def before(*_: Any) -> None:
-        for stack, members in stacks:
-            dtype = _precision(members[0])
-            found = cast(stack, dtype=dtype) if dtype else [(None, None)] * len(members)
-            for joint, (joint.a, joint.b) in zip(members, found, strict=True):
-                joint.source, joint.parts = None, ()
-
-    # transformers' inner model: PEFT calls the forward of what it wraps, past its hooks
-    hooks = [model.get_base_model().base_model.register_forward_pre_hook(before)] if joints else []
+    joints: list[Joint] = []
+    hooks: list[Any] = []
     try:
-        for joint in joints:
-            for place, layer in enumerate(joint.layers):
-                layer.lean, layer.forward = (joint, place), MethodType(_forward, layer)
+        for layers in _groups(model):
+            joints.append(_joint(layers))
+            for place, layer in enumerate(layers):
+                layer.lean, layer.forward = (joints[-1], place), MethodType(_forward, layer)
+        if joints:
+            # transformers' inner model: PEFT calls the forward of what it wraps, past its hooks
+            hooks = [model.get_base_model().base_model.register_forward_pre_hook(_casting(joints))]
+        torch.cuda.empty_cache()  # pieces as large as a weight are of no use to the next joint
         yield
     finally:
         for hook in hooks:
             hook.remove()
         for joint in joints:
             _undo(joint)
+        torch.cuda.empty_cache()
+
+
+def _casting(joints: Sequence[Joint]) -> Any:
+    """A hook that gives every joint its A and B of the forward pass that begins."""
+    stacks = _stacks(joints)
+
+    def cast_all(*_: Any) -> None:
+        for stack, members in stacks:
+            dtype = _precision(members[0])
+            factors = cast(stack, dtype=dtype) if dtype else [(None, None)] * len(members)
+            for joint, (a, b) in zip(members, factors, strict=True):
+                joint.a, joint.b, joint.source, joint.parts = a, b, None, ()
+
+    return cast_all
 
 
 def _groups(model: Any) -> list[list[Any]]:
@@ -90,7 +100,8 @@ def _plain(layer: Any) -> bool:
     factors = [layer.lora_A[name].weight, layer.lora_B[name].weight]
     trained = all(f.requires_grad and f.dtype == torch.float32 for f in factors)
     frozen = not any(p.requires_grad for p in layer.base_layer.parameters())
-    return trained and frozen and not (layer.merged or layer.disable_adapters or layer.fan_in_fan_out)
+    changed = layer.merged or layer.disable_adapters or layer.fan_in_fan_out or "forward" in vars(layer)
+    return trained and frozen and not changed
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:

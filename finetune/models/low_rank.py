@@ -6,6 +6,7 @@ gradients between precisions in every layer, and adds in kernels of their own.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def _gradients(gradient: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_product.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, a, b = rest
-    return x.new_empty(*x.shape[:-1], len(b)), x.new_empty(x.numel() // x.shape[-1], len(a))
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(prod(x.shape[:-1]), a.shape[0])
 
 
 @_gradients.register_fake
