@@ -122,7 +122,7 @@ def recomputable() -> contextlib.AbstractContextManager[None]:
 
     name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
     known = hasattr(torch._dynamo.config, name)
-    return torch._dynamo.config.patch(**{name: True}) if known else contextlib.nullcontext()  # type: ignore[no-any-return]
+    return torch._dynamo.config.patch({name: True}) if known else contextlib.nullcontext()
 
 
 class Graphs:

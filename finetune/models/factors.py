@@ -36,7 +36,7 @@ class _Cast(Function):
     """Few operations for all joints; the factors' gradients are float32."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Stack, dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, stack: Stack, dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, Tensor]:
         ctx.stack = stack
         half, together = len(factors) // 2, len(stack.outs)
         a = torch.cat(factors[:half]).to(dtype).view(stack.num_joints, -1, factors[0].shape[1])
@@ -46,7 +46,7 @@ class _Cast(Function):
         return a, b
 
     @staticmethod
-    def backward(ctx: Any, for_a: Tensor, for_b: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, for_a: Tensor, for_b: Tensor) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
         sizes = [rank.stop - rank.start for rank in stack.ranks] * stack.num_joints
         parts = [

@@ -166,11 +166,11 @@ def _stack(joints: list[Joint], *, scales: tuple[float, ...]) -> Stack:
 
 
 def _a(layer: Any) -> nn.Parameter:
-    return layer.lora_A[layer.active_adapters[0]].weight  # type: ignore[no-any-return]
+    return layer.lora_A[layer.active_adapters[0]].weight
 
 
 def _b(layer: Any) -> nn.Parameter:
-    return layer.lora_B[layer.active_adapters[0]].weight  # type: ignore[no-any-return]
+    return layer.lora_B[layer.active_adapters[0]].weight
 
 
 def _spans(sizes: Sequence[int]) -> tuple[slice, ...]:
@@ -189,7 +189,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     """What takes the place of a layer's forward."""
     joint, place = layer.lean
     if joint.a is None or args or options or layer._disable_adapters or layer.merged_adapters:
-        return type(layer).forward(layer, x, *args, **options)  # type: ignore[no-any-return]
+        return type(layer).forward(layer, x, *args, **options)
     if len(joint.layers) == 1:
         part = low_rank(_dropped(layer, x), joint.weight, joint.bias, joint.a, joint.b)
     elif place == 0 or joint.source is x:
@@ -199,16 +199,17 @@ def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     if joint.weight is not None:
         return part
     found = layer.base_layer(x)
-    return (found + part).to(found.dtype)  # type: ignore[no-any-return]
+    return (found + part).to(found.dtype)
 
 
 def _dropped(layer: Any, x: Tensor) -> Tensor:
-    return layer.lora_dropout[layer.active_adapters[0]](x)  # type: ignore[no-any-return]
+    return layer.lora_dropout[layer.active_adapters[0]](x)
 
 
 def _taken(joint: Joint, place: int, x: Tensor) -> Tensor:
     """A layer's output, which the first of them computes for all."""
     if place == 0:
+        assert joint.a is not None and joint.b is not None
         found = low_rank(x, joint.weight, joint.bias, joint.a, joint.b)
         joint.source, joint.parts = x, found.split([out.stop - out.start for out in joint.outs], dim=-1)
     part = joint.parts[place]
@@ -219,6 +220,7 @@ def _taken(joint: Joint, place: int, x: Tensor) -> Tensor:
 
 def _alone(joint: Joint, place: int, x: Tensor) -> Tensor:
     """A layer's output for an input that is not the first layer's."""
+    assert joint.a is not None and joint.b is not None
     out, rank = joint.outs[place], joint.ranks[place]
     weight, bias = (None if w is None else w[out] for w in (joint.weight, joint.bias))
-    return low_rank(x, weight, bias, joint.a[rank], joint.b[out, rank])  # type: ignore[index]
+    return low_rank(x, weight, bias, joint.a[rank], joint.b[out, rank])

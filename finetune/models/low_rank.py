@@ -25,7 +25,7 @@ def low_rank(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b
     if torch.compiler.is_compiling():
         found: Tensor = _product(x, weight, bias, a, b)[0]
         return found
-    return _LowRank.apply(x, weight, bias, a, b)  # type: ignore[no-any-return]
+    return _LowRank.apply(x, weight, bias, a, b)
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class _LowRank(Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = _backward(gradient, ctx.saved_tensors, onwards=ctx.needs_input_grad[0])
         return x, None, None, a, b
 
