@@ -109,10 +109,20 @@ def compiled(layers: Iterable[nn.Module]) -> Iterator[None]:
     for layer in layers:
         layer.compile()
     try:
-        yield
+        with recomputable():
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def recomputable() -> contextlib.AbstractContextManager[None]:
+    """Within, a compiled layer may keep an output for the next module in an object, and yet be recomputed backward."""
+    import torch._dynamo  # takes seconds
+
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    known = hasattr(torch._dynamo.config, name)
+    return torch._dynamo.config.patch({name: True}) if known else contextlib.nullcontext()
 
 
 class Graphs:

@@ -77,10 +77,22 @@ class Loop:
         keeper: Keeper | None = None,
     ) -> Any:
         """Train; `record` gets every step's numbers, `keeper` what resuming needs. Returns the unwrapped model."""
-        optimizer = self._optimizer(model)
-        weights = list(trainable(model))  # walking the modules costs as much as a small layer
-        base = model
-        model, optimizer = self.accelerator.prepare(model, optimizer)
+        prepared, optimizer = self.accelerator.prepare(model, self._optimizer(model))
+        with self.method.training(model):
+            self._run(prepared, model, optimizer, validate=validate, record=record, keeper=keeper)
+        return model
+
+    def _run(
+        self,
+        model: Any,
+        base: Any,
+        optimizer: Any,
+        *,
+        validate: Callable[[Any], float],
+        record: Callable[[Line], None],
+        keeper: Keeper | None,
+    ) -> None:
+        weights = list(trainable(base))  # walking the modules costs as much as a small layer
         schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, len(self.steps), self.optim))
         validations = spaced(self.optim["validations"], len(self.steps))
         model.train()
@@ -135,7 +147,6 @@ class Loop:
                     with clock.paused():
                         keeper.after(number, moving)
         self._leave(weights)
-        return base
 
     def _leave(self, weights: Sequence[nn.Parameter]) -> None:
         """Give gradients and the optimizer's memory back: answers need none."""

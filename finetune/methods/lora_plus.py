@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class LoraPlus(Method):
         slow = [p for name, p in named if "lora_B" not in name and "lora_embedding_B" not in name]
         fast = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
         return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * self.lr_ratio}]
+
+    def training(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """As LoRA."""
+        return self.lora.training(model)
 
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT reads it back."""

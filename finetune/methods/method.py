@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class Method(ABC):
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """The optimizer's groups."""
         return [{"params": list(trainable(model)), "lr": lr}]
+
+    def training(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Entered for all steps, the model on its device: other ways to compute the same."""
+        return contextlib.nullcontext()
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """A term that is added to every step's mean loss."""
