@@ -158,7 +158,7 @@ class Loop:
         arguments = {k: v for k, v in self.optim["optimizer"].items() if k != "_target_"}
         groups = self.method.parameter_groups(model, self.lr)
         target = self.optim["optimizer"]["_target_"]
-        if target == "torch.optim.AdamW" and self.accelerator.device.type == "cuda":
+        if target == "torch.optim.AdamW":
             arguments = {"fused": True, **arguments}
         optimizer: torch.optim.Optimizer = instantiate({"_target_": target, "_partial_": True})(groups, **arguments)
         return optimizer
