@@ -209,7 +209,8 @@ def _dropped(layer: Any, x: Tensor) -> Tensor:
 def _taken(joint: Joint, place: int, x: Tensor) -> Tensor:
     """A layer's output, which the first of them computes for all."""
     if place == 0:
-        assert joint.a is not None and joint.b is not None
+        assert joint.a is not None
+        assert joint.b is not None
         found = low_rank(x, joint.weight, joint.bias, joint.a, joint.b)
         joint.source, joint.parts = x, found.split([out.stop - out.start for out in joint.outs], dim=-1)
     part = joint.parts[place]
@@ -220,7 +221,8 @@ def _taken(joint: Joint, place: int, x: Tensor) -> Tensor:
 
 def _alone(joint: Joint, place: int, x: Tensor) -> Tensor:
     """A layer's output for an input that is not the first layer's."""
-    assert joint.a is not None and joint.b is not None
+    assert joint.a is not None
+    assert joint.b is not None
     out, rank = joint.outs[place], joint.ranks[place]
     weight, bias = (None if w is None else w[out] for w in (joint.weight, joint.bias))
     return low_rank(x, weight, bias, joint.a[rank], joint.b[out, rank])
