@@ -17,6 +17,7 @@ from torch import nn
 from finetune.memory import free
 from finetune.models import sources
 from finetune.models.load import Base, load
+from finetune.models.siblings import join_siblings
 from finetune.probe import checksum
 
 log = logging.getLogger("finetune")
@@ -41,6 +42,7 @@ class Shelf:
         if key != self.key or self.base is None:
             self.clear()
             self.base, self.key = load(model, **how), key
+            join_siblings(self.base.model)  # while nobody else holds the weights: no run needs a copy
             self.sums = _sums(self.base.model)
         return replace(self.base, model=_around_the_same_weights(self.base.model))
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from finetune.models.factors import Stack, cast
 from finetune.models.low_rank import low_rank
+from finetune.models.siblings import joined, siblings
 
 PLAIN = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt")  # of peft.tuners.lora: what may be lean
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read one input; called in this order
 
 
 @dataclass(eq=False)
@@ -60,7 +60,6 @@ def lean(model: Any) -> Iterator[None]:
             hook.remove()
         for joint in joints:
             _undo(joint)
-        torch.cuda.empty_cache()
 
 
 def _casting(joints: Sequence[Joint]) -> Any:
@@ -82,11 +81,9 @@ def _groups(model: Any) -> list[list[Any]]:
     found = []
     for parent in list(model.modules()):
         children = {name: child for name, child in parent.named_children() if _plain(child)}
-        for names in SIBLINGS:
-            together = [children.pop(name) for name in names if name in children]
-            same = len({_kind(layer) for layer in together}) == 1 and _identity(together[0])
-            found += [together] if same else [[layer] for layer in together]
-        found += [[layer] for layer in children.values()]
+        groups = [group for group in siblings(children) if len(set(map(_kind, group))) == 1 and _identity(group[0])]
+        together = [layer for group in groups for layer in group]
+        found += [*groups, *([layer] for layer in children.values() if layer not in together)]
     return found
 
 
@@ -124,27 +121,23 @@ def _identity(layer: Any) -> bool:
 
 @torch.no_grad()
 def _joint(layers: Sequence[Any]) -> Joint:
-    """Layers of one kind, their weights views of one tensor."""
+    """Layers of one kind."""
     outs, ranks = (_spans([len(factor(layer)) for layer in layers]) for factor in (_b, _a))
     bases = [layer.base_layer for layer in layers]
     weight = bias = None
     if not _own(layers[0]):
         weight, bias = bases[0].weight, bases[0].bias
         if len(bases) > 1:
-            weight = torch.cat([base.weight for base in bases])
+            weight = joined([base.weight for base in bases])
             bias = None if bias is None else torch.cat([base.bias for base in bases])
-            for base, out in zip(bases, outs, strict=True):
-                base.weight.data = weight[out]
     return Joint(layers, weight, bias, outs, ranks)
 
 
 def _undo(joint: Joint) -> None:
-    """PEFT's forward again, and weights that are tensors of their own."""
+    """PEFT's forward again."""
     for layer in joint.layers:
         vars(layer).pop("lean", None)
         vars(layer).pop("forward", None)
-        if joint.weight is not None and len(joint.layers) > 1:
-            layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
     joint.source, joint.parts, joint.a, joint.b = None, (), None, None
 
 
