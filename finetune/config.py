@@ -89,7 +89,7 @@ def _across(config: Config) -> Iterator[str]:
     """Checks between keys."""
     optim, ranks = config.optim, config.launch.num_processes
     share = ranks * optim.accumulation
-    if optim.batch_rows % share:
+    if optim.batch_tokens is None and optim.batch_rows % share:
         fit = -(-optim.batch_rows // share) * share
         yield (
             f"optim.batch_rows={optim.batch_rows}: must be a multiple of {ranks} processes x "

@@ -164,6 +164,7 @@ class Optim(Section):
     epochs: Annotated[float, Field(gt=0)]
     max_steps: Count | None
     batch_rows: Count
+    batch_tokens: Count | Literal["auto"] | None
     accumulation: Count
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     loss_on: Literal["target", "all"]
