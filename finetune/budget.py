@@ -105,7 +105,8 @@ def allowed(lengths: Sequence[int], *, epochs: float, fitting: int | None) -> in
 
     It holds the longest row in any case; whether that fits is seen when it is trained.
     """
-    most = min(MOST_TOKENS, int(epochs * sum(lengths)) // FEWEST_STEPS, fitting or MOST_TOKENS)
+    memory = MOST_TOKENS if fitting is None else fitting
+    most = min(MOST_TOKENS, int(epochs * sum(lengths)) // FEWEST_STEPS, memory)
     return max(_power_below(max(most, 1)), _power_above(max(lengths)))
 
 

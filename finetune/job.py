@@ -145,7 +145,7 @@ def _encode(part: Sequence[rows.Row], base: Base, config: Mapping[str, Any]) -> 
     return encode_rows(part, base.tokenizer, **_limits(config))
 
 
-def _limits(config: Mapping[str, Any]) -> dict[str, int]:
+def _limits(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config["task"][key] for key in ("max_prompt_tokens", "max_target_tokens")}
 
 

