@@ -2,7 +2,7 @@
 
     python -m benchmarks.logits --shape 0.5B --tokens 32768
 
-LoRA of rank 8 on all linear layers in bfloat16, rows of benchmarks.training in one pack, eager; one JSON line a limit.
+LoRA of rank 8 on all linear layers in bfloat16, rows of benchmarks.rows in one pack, eager; one JSON line a limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.training import LINEAR, SHAPES, base, rows
+from benchmarks.rows import rows
+from benchmarks.shapes import LINEAR, SHAPES, base, vocab_size
 from finetune.budget import Shape
 from finetune.data.batches import Batch, pack
 from finetune.feeder import summed_loss
@@ -34,7 +35,7 @@ def main() -> None:
     network = base(asked.shape, dtype=torch.bfloat16 if cuda else torch.float32)
     model = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
     model.train()
-    batch = _pack(asked.tokens, vocab_size=network.config.vocab_size).to(network.device)
+    batch = _pack(asked.tokens, vocab_size=vocab_size(asked.shape)).to(network.device)
     per_token = Shape.of(network.config).bytes_per_token(number_bytes=2, checkpointed=False)
     known = {"shape": asked.shape, "tokens": batch.num_tokens, "supervised": len(batch.labels)}
     known["estimated_gib_without_logits"] = round(batch.num_tokens * per_token / 2**30, 2)

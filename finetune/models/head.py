@@ -95,8 +95,10 @@ class _InParts(torch.autograd.Function):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 loss = _cross_entropy(own(part), some)
-            slope, *others = torch.autograd.grad(loss, [part, *weights])
+            # What weights went through before this part (factors that are cast once for all layers) is needed again.
+            slope, *others = torch.autograd.grad(loss, [part, *weights], retain_graph=bool(weights))
             losses.append(loss.detach())
+            del loss  # and with it this part's logits
             slopes.append(slope)
             sums = [new if old is None else old.add_(new) for old, new in zip(sums, others, strict=True)]
         ctx.save_for_backward(torch.cat(slopes), *sums)

@@ -13,6 +13,7 @@ from finetune.data.batches import pack, pad
 from finetune.feeder import summed_loss
 from finetune.methods.build import build
 from finetune.models.attention import packing
+from finetune.models.lean import lean
 
 LORA = {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": False}
 LINEAR = {**LORA, "target_modules": "all-linear"}
@@ -72,6 +73,16 @@ def test_a_pack_in_parts_is_the_pack_at_once(adapter, architecture, examples):
     batch = pack(examples, loss_on="all")
     with packing(base):
         same(summed_loss(model, batch, most=IN_PARTS), summed_loss(model, batch), model)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"], ["lm_head", "q_proj"]], ids=str)
+def test_lean_layers_in_parts_are_plain_ones_at_once(targets, examples):
+    model, base = tuned("llama", {**LORA, "target_modules": targets})
+    batch = pack(examples)
+    with packing(base):
+        expected = summed_loss(model, batch)
+        with lean(model):
+            same(summed_loss(model, batch, most=IN_PARTS), expected, model)
 
 
 @settings(deadline=None, max_examples=30)
