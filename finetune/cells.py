@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import confidential, runs
-from finetune.config import Config, differences, identity, problems
+from finetune.config import differences, identity, problems
+from finetune.schema import Config
 
 _packed = Path(__file__).parent / "conf"  # in a wheel
 CONF = _packed if _packed.is_dir() else Path(__file__).parent.parent / "conf"

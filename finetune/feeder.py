@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from finetune.data.batches import Batch, Example, group, pack, pad
 from finetune.models.attention import packing
+from finetune.models.head import MOST_LOGITS, loss_of
 
 # Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
 PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -44,14 +44,20 @@ class Feeder:
         return list(_bounded(examples, limit=self.max_tokens or PACK_TOKENS[self.device.type]))
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's supervised tokens, in float32."""
-    if batch.bounds is None:
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-        logits = logits[:, -batch.longest :].flatten(0, 1)[batch.kept]  # virtual tokens come first
-    else:
-        logits = model(**_packed_inputs(batch)).logits[0]
-    return cross_entropy(logits.float(), batch.labels, reduction="sum")
+def summed_loss(model: nn.Module, batch: Batch, *, most: int = MOST_LOGITS) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's supervised tokens, in float32; `most` logits at once."""
+    packed = batch.bounds is not None
+    padded = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    given = _packed_inputs(batch) if packed else padded
+
+    def select(found: Tensor) -> Tensor:
+        return found[0] if packed else found[:, -batch.longest :].flatten(0, 1)[batch.kept]  # virtual tokens come first
+
+    def forward() -> Tensor:
+        logits: Tensor = model(**given).logits
+        return logits
+
+    return loss_of(model, labels=batch.labels, select=select, forward=forward, most=most)
 
 
 def packed_logits(model: Any, batch: Batch) -> Tensor:

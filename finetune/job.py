@@ -20,11 +20,14 @@ from finetune.feeder import Feeder, mean_loss
 from finetune.methods.build import build
 from finetune.methods.method import Method
 from finetune.models.attention import packs
+from finetune.models.encoded import encoded_rows
 from finetune.models.load import Base
 from finetune.models.tokenizer import Example, encode_rows, template_hash
 from finetune.shelf import Shelf
 
 log = logging.getLogger("finetune")
+
+KEPT = ("batch_tokens",)  # of environment.json: what a run that is gone on with must not decide again
 
 
 @dataclass(frozen=True)
@@ -78,31 +81,41 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     unanswerable = method.unanswerable(split.train)
     kept = replace(split, valid=tuple(row for row in split.valid if row.task not in unanswerable))
     asked = asked_of(kept.valid, split.train, method=method, base=base, config=config)
-    train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, asked))
+    train_rows, valid_rows = (encoded_rows(part, base.tokenizer, **_limits(config)) for part in (split.train, asked))
     if accelerator.is_main_process:
         cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
         forms = split.templates_hash + template_hash(base.tokenizer)
         hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
-        _refuse_other_inputs(run, hashes, what={"data": _data(config), "templates": "", "weights": base.source})
+        before = _earlier_record(run)
+        what = {"data": _data(config), "templates": "", "weights": base.source}
+        _refuse_other_inputs(run, hashes, before=before, what=what)
         record = {
             "source": base.source,
             "precision": precision,
             "padding_free": feeder.packed,
             "notes": split.notes | cut | method.notes(),
+            **{key: before[key] for key in KEPT if key in before},
         }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
     return Job(run, config, accelerator, method, bases, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
 
 
-def _refuse_other_inputs(run: Path, hashes: Mapping[str, str], *, what: Mapping[str, str]) -> None:
+def _earlier_record(run: Path) -> Mapping[str, Any]:
+    """environment.json of an earlier process of this run; a damaged record is no record."""
+    with contextlib.suppress(ValueError):
+        return runs.read_json(run / "environment.json")
+    return {}
+
+
+def _refuse_other_inputs(
+    run: Path, hashes: Mapping[str, str], *, before: Mapping[str, Any], what: Mapping[str, str]
+) -> None:
     """Raise ValueError if an earlier process of this run read other data, prompt forms or weights."""
-    before: Mapping[str, str] = {}
-    with contextlib.suppress(ValueError):  # a damaged record is no record
-        before = runs.read_json(run / "environment.json").get("hashes", {})
+    known = before.get("hashes", {})
     changed = [
-        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({before[name][:12]} -> {now[:12]})"
+        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({known[name][:12]} -> {now[:12]})"
         for name, now in hashes.items()
-        if before.get(name, now) != now
+        if known.get(name, now) != now
     ]
     if changed:
         raise ValueError(
@@ -129,8 +142,11 @@ def asked_of(
 
 
 def _encode(part: Sequence[rows.Row], base: Base, config: Mapping[str, Any]) -> list[Example]:
-    limits = {key: config["task"][key] for key in ("max_prompt_tokens", "max_target_tokens")}
-    return encode_rows(part, base.tokenizer, **limits)
+    return encode_rows(part, base.tokenizer, **_limits(config))
+
+
+def _limits(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config["task"][key] for key in ("max_prompt_tokens", "max_target_tokens")}
 
 
 def _accelerator(config: Mapping[str, Any]) -> tuple[Accelerator, str]:

@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from finetune import checks, general, outcome, runs
 from finetune import config as settings
 from finetune.answers import Answering, decoding
-from finetune.data.batches import plan
+from finetune.budget import planned
 from finetune.environment import peak_memory_gib, usable_precision
 from finetune.feeder import mean_loss
 from finetune.job import Job, base_of, load_job
@@ -53,7 +53,7 @@ def train(run: Path, stop: Stop, bases: Shelf) -> None:
     job = load_job(run, config, bases)
     if not job.asked:
         return _unsupported(job)
-    steps = _plan(job)
+    steps, batch_tokens = planned(job)
     log.info("%d training rows, %d to validate, %d steps", len(job.train_rows), len(job.valid_rows), len(steps))
     tracker = Tracker(run, config if job.main else None)
     probe, general_loss = _probe(job, steps), _general_loss(job, job.base.model)
@@ -82,8 +82,9 @@ def train(run: Path, stop: Stop, bases: Shelf) -> None:
             "check_seconds": base_seconds + start_seconds + now - checking,
             "total_seconds": now - began + keeper.earlier + answering.earlier,
         }
-        halvings = {"prediction_batch_halvings": answering.halvings}
-        result = _result(job, predictions, history, cost={**counts, **seconds, **halvings, "peak_memory_gib": memory})
+        sizes = {"prediction_batch_halvings": answering.halvings}
+        sizes |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+        result = _result(job, predictions, history, cost={**counts, **seconds, **sizes, "peak_memory_gib": memory})
         result |= {"loss": outcome.losses(history) or own, "checks": found, "resumed": keeper.resumed()}
         result |= {"forgetting": forgetting} if forgetting else {}
         runs.write_json(run / "scores.json", outcome.finite(result))
@@ -227,13 +228,6 @@ def _result(
         "num_steps": len(history),
         "skipped_steps": sum("skipped" in line for line in history),
     }
-
-
-def _plan(job: Job) -> list[list[int]]:
-    """Row numbers of every optimizer step."""
-    optim = job.config["optim"]
-    sizes = {key: optim[key] for key in ("epochs", "batch_rows", "max_steps")}
-    return plan(len(job.train_rows), **sizes, seed=job.config["seed"]) if job.method.trains else []
 
 
 def _checkpoint_activations(job: Job) -> None:

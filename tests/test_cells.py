@@ -88,6 +88,8 @@ def test_a_learning_rate_belongs_to_the_method(tmp_path):
         ("optim.epochs=-1", "optim.epochs=-1: .*greater than 0"),
         ("optim.batch_rows=eight", "optim.batch_rows.*integer"),
         ("optim.batch_rows=12 launch.num_processes=8", "try optim.batch_rows=16"),
+        ("optim.batch_tokens=all", "optim.batch_tokens=\"all\": .*'auto'"),
+        ("optim.batch_tokens=0", "optim.batch_tokens=0: .*greater than or equal to 1"),
         ("task=jsonl", r"task.source.path=\?\?\?"),
         ("task=jsonl task.source.path=${nowhere}", "nowhere"),
         ("optim.schedule=cosin", "'cosine', 'linear' or 'constant'"),
@@ -105,6 +107,13 @@ def test_what_is_invalid_is_explained(word, said, tmp_path):
     with pytest.raises(Invalid, match=said):
         compose(*word.split(), root=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_of_tokens_takes_the_place_of_rows(tmp_path):
+    for tokens in ("auto", 4096):
+        words = (f"optim.batch_tokens={tokens}", "optim.batch_rows=3", "launch.num_processes=2")
+        [cell] = compose(*words, root=tmp_path)
+        assert cell.config["optim"]["batch_tokens"] == tokens
 
 
 def test_all_problems_are_listed_together(tmp_path):

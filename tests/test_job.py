@@ -1,6 +1,7 @@
 """Real jobs on real files, killed and asked to end; each goes on to the scores of the undisturbed run."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -258,3 +259,36 @@ def test_memory_that_runs_out_while_answering_halves_the_batch(whole, base, star
     finish(start(run, room=1))
     assert outcome(run) == whole
     assert runs.read_json(run / "scores.json")["cost"]["prediction_batch_halvings"] == 2
+
+
+def steps_of(run):
+    return [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+
+
+def test_a_budget_of_tokens_is_the_same_after_a_kill(base, start, tmp_path):
+    run = compose(tmp_path / "run", base, "optim.batch_tokens=auto", "optim.max_steps=null")
+    job = start(run, slow=0.05)
+    job.wait_for(REACHED["training"])
+    job.send(signal.SIGKILL)
+    job.wait()
+    record = runs.read_json(run / "environment.json")
+    found = record["batch_tokens"]
+    # As on a machine with more memory: what was decided stays.
+    runs.write_json(run / "environment.json", {**record, "batch_tokens": 2 * found})
+    (run / "checkpoint").rename(tmp_path / "removed")
+    finish(start(run))
+    assert runs.read_json(run / "environment.json")["batch_tokens"] == 2 * found
+    assert runs.read_json(run / "scores.json")["cost"]["batch_tokens"] == 2 * found
+    tokens = [line["num_tokens"] for line in steps_of(run)]
+    assert max(after - before for before, after in itertools.pairwise([0, *tokens])) <= 2 * found
+
+
+def test_processes_share_a_budget_of_tokens(base, start, tmp_path):
+    words = ("optim.batch_tokens=2000", "method.adapter.lora_dropout=0", "optim.max_steps=4")
+    both = []
+    for ranks in (1, 2):
+        run = compose(tmp_path / f"{ranks}", base, f"launch.num_processes={ranks}", *words)
+        finish(start(run, ranks=ranks))
+        both.append([line["loss"] for line in steps_of(run)])
+    assert len(both[0]) > 1
+    assert both[1] == pytest.approx(both[0], rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,11 +51,39 @@ def plan(num_rows: int, *, epochs: float, batch_rows: int, max_steps: int | None
     """Row numbers of every optimizer step: each epoch a new order; the last batch is filled from a further epoch."""
     num_steps = math.ceil(epochs * num_rows / batch_rows)
     num_steps = min(num_steps, max_steps or num_steps)
+    order = _order(num_rows, seed=seed)
+    return [list(itertools.islice(order, batch_rows)) for _ in range(num_steps)]
+
+
+def plan_by_tokens(
+    lengths: Sequence[int], *, epochs: float, batch_tokens: int, max_steps: int | None, seed: int
+) -> list[list[int]]:
+    """As `plan` with the same order of rows, each step as many of them as have at most `batch_tokens` tokens together.
+
+    `lengths` are the rows' real tokens, none more than `batch_tokens`. Steps begin until the epochs are over, so that
+    the number of steps follows from the lengths, and the last step is as full as the others.
+    """
+    assert 0 < max(lengths) <= batch_tokens
+    order = _order(len(lengths), seed=seed)
+    left = math.ceil(epochs * len(lengths))
+    steps: list[list[int]] = []
+    row = next(order)
+    while left > 0 and len(steps) != max_steps:
+        step, size = [], 0
+        while size + lengths[row] <= batch_tokens:
+            step.append(row)
+            size += lengths[row]
+            row = next(order)
+        steps.append(step)
+        left -= len(step)
+    return steps
+
+
+def _order(num_rows: int, *, seed: int) -> Iterator[int]:
+    """Row numbers without end, each epoch in a new order."""
     generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < num_steps * batch_rows:
-        order += torch.randperm(num_rows, generator=generator).tolist()
-    return [order[i * batch_rows : (i + 1) * batch_rows] for i in range(num_steps)]
+    while True:
+        yield from torch.randperm(num_rows, generator=generator).tolist()
 
 
 def supervised(example: Example, *, loss_on: str) -> range:

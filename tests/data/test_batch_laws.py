@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.batches import group, pack, pad, plan, supervised
+from finetune.data.batches import group, pack, pad, plan, plan_by_tokens, supervised
 
 
 @st.composite
@@ -71,3 +71,36 @@ def test_a_plan_has_full_batches_and_every_row_before_any_twice(num_rows, batch_
     for start in range(0, len(order) - num_rows + 1, num_rows):
         assert sorted(order[start : start + num_rows]) == list(range(num_rows))
     assert len(order) == pytest.approx(epochs * num_rows, abs=batch_rows)
+
+
+lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+@LAWS
+@given(lengths, st.integers(0, 200), st.floats(0.1, 4), st.integers(0, 5))
+def test_steps_by_tokens_keep_their_budget_and_leave_no_room_for_the_next_row(lengths, more, epochs, seed):
+    budget = max(lengths) + more
+    steps = plan_by_tokens(lengths, epochs=epochs, batch_tokens=budget, max_steps=None, seed=seed)
+    sizes = [sum(lengths[row] for row in step) for step in steps]
+    assert all(0 < size <= budget for size in sizes)
+    for size, step in zip(sizes, steps[1:], strict=False):
+        assert size + lengths[step[0]] > budget
+
+
+@LAWS
+@given(lengths, st.integers(0, 200), st.floats(0.1, 4), st.integers(0, 5))
+def test_steps_by_tokens_have_the_order_of_steps_by_rows(lengths, more, epochs, seed):
+    steps = plan_by_tokens(lengths, epochs=epochs, batch_tokens=max(lengths) + more, max_steps=None, seed=seed)
+    order = [row for step in steps for row in step]
+    rows = plan(len(lengths), epochs=len(order) / len(lengths), batch_rows=1, max_steps=None, seed=seed)
+    assert order == [row for [row] in rows][: len(order)]
+    # The epochs are over in the last step, and not before it.
+    assert len(order) - len(steps[-1]) < epochs * len(lengths) <= len(order)
+
+
+@LAWS
+@given(lengths, st.integers(1, 9))
+def test_a_plan_by_tokens_ends_at_its_last_step(lengths, max_steps):
+    given = {"epochs": 3.0, "batch_tokens": 60, "seed": 1}
+    whole = plan_by_tokens(lengths, max_steps=None, **given)
+    assert plan_by_tokens(lengths, max_steps=max_steps, **given) == whole[:max_steps]

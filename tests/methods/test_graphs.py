@@ -8,8 +8,9 @@ from grid import attach, config, make
 
 from finetune.data.batches import pack, plan, supervised
 from finetune.feeder import Feeder, summed_loss
-from finetune.graphs import IGNORED, Shapes, Size, way
+from finetune.graphs import IGNORED, Graphs, Shapes, Size, way
 from finetune.loop import Loop
+from finetune.methods.method import trainable
 from finetune.models.attention import packing
 
 METHODS = ("lora", "adapter", "full", "llama_adapter", "prefix", "prompt")
@@ -94,3 +95,28 @@ def test_replayed_steps_are_the_eager_ones(method, how, examples):
     moved = max(abs(a - b) / b for a, b in zip(eager, still, strict=True))
     # bfloat16 has eight bits; steps that did nothing would be seen
     assert losses(how, lr) == pytest.approx(eager, rel=min(2e-2, moved / 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+def test_a_replayed_loss_in_parts_is_the_eager_one_at_once(method, examples):
+    device, batch = torch.device("cuda"), pack(examples)
+    model = attach(make(method, "qwen2"), tiny_base("qwen2").cuda()).cuda()
+    weights = list(trainable(model))
+
+    def loss(some, **limits):
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return summed_loss(model, some, **limits)
+
+    shapes = Shapes.of([size(examples)], longest=40)
+    graphs = Graphs(shapes, way="graph", loss=lambda some: loss(some, most=96 * 5), weights=weights, device=device)
+    with packing(model.get_base_model() if hasattr(model, "get_base_model") else model):
+        graphs.capture()
+        found = graphs(batch, scale=0.5).item()
+        replayed = [weight.grad.clone() for weight in weights]
+        graphs.zero()
+        expected = loss(batch.to(device))
+        (expected * 0.5).backward()
+    assert found == pytest.approx(expected.item(), rel=1e-3)
+    for gradient, weight in zip(replayed, weights, strict=True):
+        torch.testing.assert_close(gradient, weight.grad, rtol=2e-2, atol=2e-2 * float(weight.grad.abs().max()))

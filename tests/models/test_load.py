@@ -11,10 +11,10 @@ import yaml
 from conftest import ARCHITECTURES, tiny_base
 from loopback import make_tokenizer, save_base
 
-from finetune.config import Model
 from finetune.models import load as subject
 from finetune.models import sources
 from finetune.models.load import load
+from finetune.schema import Model
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 FILES = sorted(file.stem for file in CONF.glob("*.yaml"))

@@ -1,0 +1,176 @@
+"""How much an optimizer step holds: the plan of a run, in rows or within a budget of tokens that is given or found.
+
+The budget that is found (`optim.batch_tokens=auto`) is the largest power of two that memory, by the estimate below, and
+statistics allow. The first step confirms it: where memory runs out after all the loop halves its batches, not the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import broadcast_object_list
+
+from finetune import runs
+from finetune.data.batches import WASTE, plan, plan_by_tokens
+from finetune.feeder import PACK_TOKENS
+from finetune.job import Job
+from finetune.models.head import MOST_LOGITS
+
+log = logging.getLogger("finetune")
+
+# What statistics want, where `auto` decides. 16384 tokens are some 64 rows of the three PromptCBLUE tasks: a GPU is
+# busy with them (docs/benchmarks.md), the methods' learning rates are for about 8 rows, and more rows a step than the
+# noise of their gradients asks for are lost (McCandlish et al. 2018, arXiv:1812.06162).
+MOST_TOKENS = 16384
+FEWEST_STEPS = 100  # of a run: fewer leave no room for a warm-up and a schedule
+FREE_SHARE = (
+    0.8  # of the free memory that may be planned for; the rest is fragments, graphs and what was not thought of
+)
+TRAINED_SHARE = 0.05  # parameters that a method adds to a base that stays as it is, at the most
+LOGIT_BYTES = 14  # see finetune.models.head
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What activations are large by."""
+
+    layers: int
+    width: int
+    feed_forward: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """That of a base's configuration; BLOOM's feed-forward has four times its width."""
+        width = int(config.hidden_size)
+        feed_forward = int(getattr(config, "intermediate_size", None) or 4 * width)
+        return cls(int(config.num_hidden_layers), width, feed_forward, int(config.vocab_size))
+
+    def bytes_per_token(self, *, number_bytes: int, checkpointed: bool) -> int:
+        """Of activations that are kept for the backward pass, LoRA on all linear layers included.
+
+        Measured padding-free in bfloat16 on Qwen2.5's shapes: 65 kB a token and layer at 0.5B (width 896, feed-forward
+        4864), 253 kB at 7B (3584, 18944): 18 bytes by width and 10 by feed-forward.
+        """
+        layer = 18 * self.width + 10 * self.feed_forward
+        kept = self.layers * 2 * self.width + layer if checkpointed else self.layers * layer
+        return kept * number_bytes // 2
+
+
+def planned(job: Job) -> tuple[list[list[int]], int | None]:
+    """Row numbers of every optimizer step, and the budget that they keep; None if steps are counted in rows."""
+    optim = job.config["optim"]
+    if not job.method.trains:
+        return [], None
+    given = {"epochs": optim["epochs"], "max_steps": optim["max_steps"], "seed": job.config["seed"]}
+    if optim["batch_tokens"] is None:
+        return plan(len(job.train_rows), batch_rows=optim["batch_rows"], **given), None
+    lengths = [len(example.ids) for example in job.train_rows]
+    budget = _found(job, lengths) if optim["batch_tokens"] == "auto" else int(optim["batch_tokens"])
+    refuse_long_rows(lengths, batch_tokens=budget, ids=[row.id for row in job.split.train])
+    steps = plan_by_tokens(lengths, batch_tokens=budget, **given)
+    refuse_short_steps(steps, batch_tokens=budget, ranks=job.accelerator.num_processes)
+    return steps, budget
+
+
+def refuse_long_rows(lengths: Sequence[int], *, batch_tokens: int, ids: Sequence[str]) -> None:
+    """Raise ValueError if a row alone exceeds the budget: rows are never split."""
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    number = sum(length > batch_tokens for length in lengths)
+    if number:
+        raise ValueError(
+            f"optim.batch_tokens={batch_tokens}: {number} training rows are longer, the longest ({ids[longest]}) has "
+            f"{lengths[longest]} tokens; set optim.batch_tokens={lengths[longest]} or more, or smaller "
+            "task.max_prompt_tokens and task.max_target_tokens"
+        )
+
+
+def refuse_short_steps(steps: Sequence[Sequence[int]], *, batch_tokens: int, ranks: int) -> None:
+    """Raise ValueError if a step has fewer rows than there are processes: each needs a gradient."""
+    fewest = min(range(len(steps)), key=lambda number: len(steps[number]))
+    if len(steps[fewest]) < ranks:
+        raise ValueError(
+            f"optim.batch_tokens={batch_tokens}: step {fewest + 1} has {len(steps[fewest])} rows, fewer than the "
+            f"launch.num_processes={ranks} that share it; try optim.batch_tokens={batch_tokens * ranks}"
+        )
+
+
+def allowed(lengths: Sequence[int], *, epochs: float, fitting: int | None) -> int:
+    """The largest power of two that memory (`fitting` tokens; None: any number) and statistics allow.
+
+    It holds the longest row in any case; whether that fits is seen when it is trained.
+    """
+    memory = MOST_TOKENS if fitting is None else fitting
+    most = min(MOST_TOKENS, int(epochs * sum(lengths)) // FEWEST_STEPS, memory)
+    return max(_power_below(max(most, 1)), _power_above(max(lengths)))
+
+
+def fitting_tokens(shape: Shape, *, num_parameters: int, free: int, trains_base: bool, **numbers: Any) -> int:
+    """Tokens of a pass that fit into `free` bytes beside what is loaded; `numbers` are those of `bytes_per_token`.
+
+    What is trained needs, in float32, a gradient and two moments a weight; weights that are added also themselves.
+    """
+    states = 12 * num_parameters if trains_base else int(16 * TRAINED_SHARE * num_parameters)
+    logits = LOGIT_BYTES * min(MOST_LOGITS, shape.vocabulary * MOST_TOKENS)
+    left = FREE_SHARE * free - states - logits
+    return max(0, int(left / shape.bytes_per_token(**numbers)))
+
+
+def _found(job: Job, lengths: Sequence[int]) -> int:
+    """The budget of `auto`, the same in all processes, and the same when the run is gone on with."""
+    found = [_decided(job, lengths) if job.main else 0]
+    if job.accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _decided(job: Job, lengths: Sequence[int]) -> int:
+    """What environment.json says, or else will say from now on."""
+    record = runs.read_json(job.run / "environment.json")
+    known = record.get("batch_tokens")
+    if isinstance(known, int) and known >= max(lengths):
+        return known
+    fitting = _fitting(job)
+    found = allowed(lengths, epochs=job.config["optim"]["epochs"], fitting=fitting)
+    memory = "more than a pack has" if fitting is None else f"{fitting} tokens"
+    log.info("optim.batch_tokens=auto: %d tokens a step at most (into memory fit %s)", found, memory)
+    runs.write_json(job.run / "environment.json", {**record, "batch_tokens": found})
+    return found
+
+
+def _fitting(job: Job) -> int | None:
+    """Tokens of a step that fit into memory, one pass a process and micro-batch; None if whole packs do."""
+    device, config = job.accelerator.device, job.config
+    tokens = fitting_tokens(
+        Shape.of(job.base.model.config),
+        num_parameters=job.base.num_parameters,
+        free=_free_bytes(device),
+        trains_base=not job.method.leaves_base_intact,
+        number_bytes=4 if job.accelerator.mixed_precision == "no" else 2,
+        checkpointed=config["model"]["checkpoint_activations"] and job.method.checkpointable,
+    )
+    if job.feeder.packed and tokens >= PACK_TOKENS[device.type]:
+        return None  # a larger step is several packs, one after the other
+    real = tokens if job.feeder.packed else int((1 - WASTE) * tokens)
+    return real * job.accelerator.num_processes * int(config["optim"]["accumulation"])
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the device's memory; on a CPU of the host's."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + cached)
+
+
+def _power_below(number: int) -> int:
+    return 1 << (number.bit_length() - 1)
+
+
+def _power_above(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,94 @@
+"""How large a step is: what statistics, memory and the rows themselves allow."""
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune import budget
+from finetune.budget import Shape, allowed, fitting_tokens
+
+GIB = 2**30
+SMALL = Shape(layers=24, width=896, feed_forward=4864, vocabulary=151936)  # Qwen2.5-0.5B
+LARGE = Shape(layers=28, width=3584, feed_forward=18944, vocabulary=152064)  # 7B
+BFLOAT16 = {"number_bytes": 2, "checkpointed": False}
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters", "tokens", "gib"),
+    [(SMALL, 494e6, 16384, 30), (SMALL, 494e6, 32768, 58), (LARGE, 7.6e9, 8192, 71), (LARGE, 7.6e9, 16384, 128)],
+    ids=["0.5B-16k", "0.5B-32k", "7B-8k", "7B-16k"],
+)
+def test_the_estimate_is_near_what_was_measured(shape, parameters, tokens, gib):
+    """Measured on an H200: PEFT's LoRA under autocast, 14 % of the tokens supervised, whole logits."""
+    logits = budget.LOGIT_BYTES * 0.14 * tokens * shape.vocabulary
+    estimate = tokens * shape.bytes_per_token(**BFLOAT16) + 2 * parameters + logits
+    assert estimate / GIB == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters", "free", "trains_base", "power"),
+    [
+        (SMALL, 494e6, 138, False, 65536),
+        (SMALL, 494e6, 23, False, 8192),
+        (SMALL, 494e6, 14, False, 4096),
+        (SMALL, 494e6, 23, True, 4096),
+        (LARGE, 7.6e9, 125, False, 8192),
+        (LARGE, 7.6e9, 64, False, 4096),
+        (LARGE, 7.6e9, 64, True, 0),
+    ],
+)
+def test_what_fits_into_the_memory_that_is_free(shape, parameters, free, trains_base, power):
+    sizes = {"num_parameters": int(parameters), "free": int(free * GIB), "trains_base": trains_base}
+    found = fitting_tokens(shape, **sizes, **BFLOAT16)
+    assert power <= found < max(2 * power, 1)
+
+
+def test_less_is_kept_with_checkpoints_and_more_in_float32():
+    plain = SMALL.bytes_per_token(**BFLOAT16)
+    assert SMALL.bytes_per_token(number_bytes=2, checkpointed=True) < plain / 8
+    assert SMALL.bytes_per_token(number_bytes=4, checkpointed=False) == 2 * plain
+
+
+def test_the_shape_of_every_base_is_known():
+    assert Shape.of(transformers.BloomConfig(hidden_size=64, n_layer=3, vocab_size=99)) == Shape(3, 64, 256, 99)
+    for config in (transformers.Qwen2Config(), transformers.LlamaConfig(), transformers.GlmConfig()):
+        shape = Shape.of(config)
+        assert shape.feed_forward == config.intermediate_size
+        assert shape.layers == config.num_hidden_layers
+
+
+@given(
+    st.lists(st.integers(1, 2000), min_size=1, max_size=60),
+    st.floats(0.1, 200),
+    st.one_of(st.none(), st.integers(0, 40_000)),
+)
+def test_auto_is_a_power_of_two_within_its_bounds(lengths, epochs, fitting):
+    found = allowed(lengths, epochs=epochs, fitting=fitting)
+    assert found.bit_count() == 1
+    assert max(lengths) <= found
+    if found >= 2 * max(lengths):  # it is not the longest row that decides
+        assert found <= budget.MOST_TOKENS
+        assert found * budget.FEWEST_STEPS <= epochs * sum(lengths)
+        assert fitting is None or found <= fitting
+
+
+def test_auto_takes_all_that_is_allowed():
+    lengths = [240] * 3900
+    assert allowed(lengths, epochs=2, fitting=None) == 16384
+    assert allowed(lengths, epochs=2, fitting=15000) == 8192
+    assert allowed(lengths, epochs=1, fitting=None) == 8192  # 114 steps
+    assert allowed(lengths[:60], epochs=1, fitting=None) == 256  # one row a step
+
+
+def test_a_row_that_no_step_holds_is_named():
+    said = r"optim.batch_tokens=100: 2 training rows are longer, the longest \(c\) has 170 tokens; set .*=170"
+    with pytest.raises(ValueError, match=said):
+        budget.refuse_long_rows([3, 120, 170], batch_tokens=100, ids=["a", "b", "c"])
+    budget.refuse_long_rows([3, 100], batch_tokens=100, ids=["a", "b"])
+
+
+def test_a_step_that_not_every_process_has_a_row_of_is_refused():
+    with pytest.raises(ValueError, match=r"step 2 has 1 rows, fewer than .*=2 .* try optim.batch_tokens=200"):
+        budget.refuse_short_steps([[1, 2], [3]], batch_tokens=100, ranks=2)
+    budget.refuse_short_steps([[1, 2], [3]], batch_tokens=100, ranks=1)
