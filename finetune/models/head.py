@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def loss_of(
 @contextlib.contextmanager
 def _at(head: Any, *, labels: Tensor, select: Select, most: int) -> Iterator[list[Tensor]]:
     """Within, the head gives the loss in the place of logits; all that it gave."""
-    own, before = head.forward, vars(head).get("forward")
+    before = vars(head).get("forward")
+    # A lean layer adds its gradients to its weights by itself, unscaled; PEFT's own forward leaves them to autograd.
+    own = MethodType(type(head).forward, head) if hasattr(head, "lean") else head.forward
     said: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
@@ -95,8 +98,7 @@ class _InParts(torch.autograd.Function):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 loss = _cross_entropy(own(part), some)
-            # What weights went through before this part (factors that are cast once for all layers) is needed again.
-            slope, *others = torch.autograd.grad(loss, [part, *weights], retain_graph=bool(weights))
+            slope, *others = torch.autograd.grad(loss, [part, *weights])
             losses.append(loss.detach())
             del loss  # and with it this part's logits
             slopes.append(slope)
