@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.evaluate import Answer
 from finetune.methods.method import Finding
-from finetune.probe import Probe, Said, State, Subject, checksum, measure, reached, rounding, say, steps
+from finetune.probe import Probe, Said, State, Subject, checksum, measure, reached, rounding, say, say_together, steps
 
 log = logging.getLogger("finetune")
 
@@ -114,10 +114,10 @@ def cache(probe: Probe, subject: Subject, said: Said) -> Finding:
 
 
 def reloaded(probe: Probe, subject: Subject, end: State, ours: Said, again: Subject) -> Finding:
-    """What was saved, put onto a fresh base, answers the same."""
-    found, theirs = measure(probe, again.model), say(probe, again)
+    """What was saved, put onto a fresh base, answers the same; in one batch, which takes an eighth of the time."""
+    found, theirs = measure(probe, again.model), say_together(probe, again)
     close = rounding(probe, subject.model) * float(end.logits.abs().max())
-    apart, differing = _apart(found.logits, end.logits), _differing(ours.alone, theirs.alone, ours.forced, close=close)
+    apart, differing = _apart(found.logits, end.logits), _differing(ours.alone, theirs, ours.forced, close=close)
     note = f"read back, logits differ by {apart:.2g} (rounding: {close:.1g}), "
     note += f"{differing} of {len(ours.alone)} answers differ"
     return Finding(apart <= close and not differing, note)

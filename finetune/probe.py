@@ -90,18 +90,28 @@ def measure(probe: Probe, model: Any) -> State:
 
 def say(probe: Probe, subject: Subject) -> Said:
     """The subject's answers, and the logits behind them."""
-    prompts = [row.ids[: row.num_prompt] for row in probe.rows]
+    prompts, many = _prompts(probe), say_together(probe, subject)
     with _at_rest(probe, subject.model):
         alone = dict(_answers(probe, subject, prompts, batch_rows=1))
-        together = dict(_answers(probe, subject, prompts, batch_rows=len(prompts)))
         cached, parts = [], []
         for number, prompt in enumerate(prompts):
             answer, logits = alone[number]
             cached.append(logits)
             parts.append(Part([*prompt, *answer.ids[: len(logits) - 1]], len(prompt)))
         forced = _logits(probe, subject.model, parts)
-    one, many = ([found[n][0] for n in range(len(prompts))] for found in (alone, together))
-    return Said(one, many, torch.cat(cached), forced)
+    return Said([alone[n][0] for n in range(len(prompts))], many, torch.cat(cached), forced)
+
+
+def say_together(probe: Probe, subject: Subject) -> list[Answer]:
+    """The subject's answers in one batch."""
+    prompts = _prompts(probe)
+    with _at_rest(probe, subject.model):
+        found = dict(_answers(probe, subject, prompts, batch_rows=len(prompts)))
+    return [found[n][0] for n in range(len(prompts))]
+
+
+def _prompts(probe: Probe) -> list[Sequence[int]]:
+    return [row.ids[: row.num_prompt] for row in probe.rows]
 
 
 def reached(probe: Probe, model: Any) -> set[int]:
