@@ -81,6 +81,7 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     train_rows, valid_rows = (_encode(part, base, config) for part in (split.train, asked))
     if accelerator.is_main_process:
         cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
+        cut |= {"beyond_positions": beyond_positions(base, [*train_rows, *valid_rows])}
         forms = split.templates_hash + template_hash(base.tokenizer)
         hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
         _refuse_other_inputs(run, hashes, what={"data": _data(config), "templates": "", "weights": base.source})
@@ -92,6 +93,12 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
         }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
     return Job(run, config, accelerator, method, bases, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
+
+
+def beyond_positions(base: Base, examples: Sequence[Example]) -> int:
+    """How many rows are longer than the positions that the base knows, stretched ones included."""
+    known = getattr(base.model.config, "max_position_embeddings", None)
+    return sum(len(example.ids) > known for example in examples) if known else 0
 
 
 def _refuse_other_inputs(run: Path, hashes: Mapping[str, str], *, what: Mapping[str, str]) -> None:

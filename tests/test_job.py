@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import checkpoint, runs
 from finetune.cells import cells
+from finetune.job import beyond_positions
 
 ROOT = Path(__file__).parent.parent
 LORA = ("method=lora", "method.adapter.lora_dropout=0.2")
@@ -251,6 +253,14 @@ def refused(job, reason):
     assert re.match(reason, message)
     assert "put back what it began with, or remove" in message
     (job.run / "failure.json").unlink()
+
+
+@pytest.mark.parametrize(("known", "found"), [(4, 2), (6, 1), (None, 0)], ids=["four", "six", "endless"])
+def test_rows_longer_than_the_positions_of_the_base_are_counted(known, found):
+    config = SimpleNamespace(**({"max_position_embeddings": known} if known else {}))
+    base = SimpleNamespace(model=SimpleNamespace(config=config))
+    examples = [SimpleNamespace(ids=[0] * length) for length in (3, 4, 5, 7)]
+    assert beyond_positions(base, examples) == found
 
 
 def test_memory_that_runs_out_while_answering_halves_the_batch(whole, base, start, tmp_path):

@@ -92,8 +92,8 @@ def _stretch(config: Any, *, rope_scaling: str | None, max_tokens: int, log: Log
         return 1.0
     if not rope_scaling:
         log(
-            f"rows of up to {max_tokens} tokens are longer than the {num_positions} positions that this base knows; "
-            "model.rope_scaling=linear stretches them"
+            f"rows may have up to {max_tokens} tokens, more than the {num_positions} positions that this base knows "
+            "(environment.json counts those that do); model.rope_scaling=linear stretches positions"
         )
         return 1.0
     factor = float(math.ceil(max_tokens / num_positions))
