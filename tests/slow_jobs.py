@@ -36,6 +36,8 @@ def slow_down(run, *, slow, room):
             time.sleep(slow)
             if room and len(ids) > room and not (run / "predictions.jsonl").exists():
                 raise torch.OutOfMemoryError("CUDA out of memory")
+        elif (run / "predictions.jsonl").exists():
+            time.sleep(slow)
 
     def slowed(*args, **kwargs):
         found = plain(*args, **kwargs)

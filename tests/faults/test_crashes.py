@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from grids import ROOT, failure, folders, wait_for, wait_for_file
+from grids import ROOT, SMALL, failure, folders, processes_in, started, wait_for, wait_for_file
 from report_runs import write_base
 
 KINDS = {
@@ -20,21 +20,27 @@ KINDS = {
 
 @pytest.mark.parametrize("launch", ["process", pytest.param("worker", marks=pytest.mark.faults)])
 def test_however_cells_die_the_others_finish(command, tmp_path, fault, launch):
+    """In two commands at once: each cell is tried once, by one of them, and both tell of all."""
     places = fault(**{f"seed{seed}/steps.jsonl": kind for seed, (kind, _, _) in KINDS.items()})
     seeds = f"seed={','.join(map(str, [*KINDS, 7]))}"
-    result = command("-m", "method=lora", seeds, f"launch={launch}", "launch.jobs=1", **places)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
+    words = ("-m", "method=lora", seeds, f"launch={launch}", "launch.jobs=1", *SMALL)
+    sweeps = [command(*words, start=True, **places) for _ in range(2)]
+    said = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [1, 1]
     found = {int(folder.name.removeprefix("seed")): folder for folder in folders(tmp_path)}
     for seed, (_, kind, message) in KINDS.items():
         assert failure(found[seed])["kind"] == kind
         assert message in failure(found[seed])["message"]
         assert not (found[seed] / "scores.json").exists()
-        [line] = [line for line in result.stderr.splitlines() if f"seed{seed}:" in line]
-        assert message in line
-        assert str(found[seed].relative_to(tmp_path) / "run.log") in line
-    assert "1 done, 6 failed" in result.stderr
+        for errors in said:
+            [line] = [line for line in errors.splitlines() if f"seed{seed}:" in line]
+            assert message in line
+            assert str(found[seed].relative_to(tmp_path) / "run.log") in line
+    assert all("1 done, 6 failed" in errors and "Traceback" not in errors for errors in said)
     assert (found[7] / "scores.json").exists()
+    assert [started(folder) for folder in found.values()] == [1] * 7
+    assert not list(tmp_path.rglob("failure.*.json"))
+    assert processes_in(tmp_path) == {}
     assert not list(tmp_path.rglob("*owner*"))
     line = [sys.executable, "-m", "finetune.report", "multirun"]
     report = subprocess.run(

@@ -43,7 +43,7 @@ def told(capsys):
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory):
     root = tmp_path_factory.mktemp("multirun")
-    words = ["method=lora", "task=jsonl", "task.source.path=rows.jsonl", "+optim.optimizer.weight_decay=0.1"]
+    words = ["method=lora", "task=jsonl", "task.source.path=rows.jsonl"]
     return cells(get_args_parser().parse_intermixed_args(words), root=root)[0]
 
 
@@ -145,9 +145,9 @@ def reported(folder, monkeypatch):
     from finetune import report
 
     monkeypatch.setattr(sys, "argv", ["report", str(folder.parents[4])])
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.suppress(SystemExit):
-            report.main()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        report.main()
     assert (folder.parents[3] / "report.md").exists()
     (folder.parents[3] / "report.md").unlink()
 
