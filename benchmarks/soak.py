@@ -2,8 +2,8 @@
 
 The same cells are run twice: undisturbed, and with SIGKILL at random moments, the command being started again until it
 ends by itself. Then every cell must have the same losses, answers, scores and weights, and the sweep must not have
-grown. A line a minute says how far it is; all lines are also in FOLDER/soak.log. What an earlier soak of the folder left is
-gone on with: its undisturbed cells need not be run again.
+grown. A line a minute says how far it is; all lines are also in FOLDER/soak.log. What an earlier soak of the folder
+left is gone on with: its undisturbed cells need not be run again.
 """
 
 from __future__ import annotations

@@ -104,8 +104,9 @@ def beyond_positions(base: Base, examples: Sequence[Example]) -> int:
 def _refuse_other_inputs(run: Path, hashes: Mapping[str, str], *, what: Mapping[str, str]) -> None:
     """Raise ValueError if an earlier process of this run read other data, prompt forms or weights."""
     before: Mapping[str, str] = {}
-    with contextlib.suppress(ValueError):  # a damaged record is no record
-        before = runs.read_json(run / "environment.json").get("hashes", {})
+    with contextlib.suppress(ValueError, AttributeError):  # a damaged record is no record
+        found = runs.read_json(run / "environment.json").get("hashes", {})
+        before = {name: str(value) for name, value in found.items()}
     changed = [
         f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({before[name][:12]} -> {now[:12]})"
         for name, now in hashes.items()

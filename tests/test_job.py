@@ -54,9 +54,10 @@ def compose(run, base, *words):
 class Job:
     """A job at work."""
 
-    def __init__(self, process, run, *, ranks=1, slow=0.0, room=0):
+    def __init__(self, process, run, *, ranks=1, slow=0.0, room=0, narrow=0):
         self.process, self.run = process, run
-        process.stdin.write(json.dumps({"run": str(run), "ranks": ranks, "slow": slow, "room": room}) + "\n")
+        asked = {"run": str(run), "ranks": ranks, "slow": slow, "room": room, "narrow": narrow}
+        process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         self.pids = json.loads(process.stdout.readline())
         self.statuses = []
@@ -85,7 +86,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start():
-    """`start(run, ranks=, slow=, room=)` begins a job, forked from a process that has imported all it needs."""
+    """`start(run, ranks=, slow=, room=, narrow=)` begins a job, forked from a process that has imported all it needs."""
     known = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "slow_jobs"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -268,3 +269,12 @@ def test_memory_that_runs_out_while_answering_halves_the_batch(whole, base, star
     finish(start(run, room=1))
     assert outcome(run) == whole
     assert runs.read_json(run / "scores.json")["cost"]["prediction_batch_halvings"] == 2
+
+
+@pytest.mark.faults
+def test_a_row_that_never_fits_fails_the_run_and_says_what_would(base, start, tmp_path):
+    run = compose(tmp_path / "run", base)
+    assert start(run, narrow=1).wait() == [1]
+    found = runs.read_json(run / "failure.json")
+    assert found["kind"] == "out of memory"
+    assert re.search(r"one row of \d+ tokens does not fit .* method.quantize=nf4", found["message"])

@@ -15,7 +15,7 @@ VALUES = [
 
 def examples(share):
     """How many files a test damages: `FUZZ_EXAMPLES` for the whole project, of which it has a share."""
-    return max(1, int(int(os.environ.get("FUZZ_EXAMPLES", "20000")) * share))
+    return max(1, int(int(os.environ.get("FUZZ_EXAMPLES", "4000")) * share))
 
 
 def damaged(raw, draw, *, most=4):

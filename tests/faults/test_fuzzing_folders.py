@@ -25,7 +25,7 @@ from finetune.cells import Cell, cells, refusals
 from finetune.config import ADAPTERS, OPTIMIZERS, READERS
 from finetune.reporting import read
 
-FEW = 1 / 400  # of the files of a whole run, for the tests that always run
+FEW = 1 / 80  # of the files of a whole run, for the tests that always run
 many = pytest.mark.parametrize(
     "share", [pytest.param(FEW, id="few"), pytest.param(1, id="many", marks=pytest.mark.faults)]
 )

@@ -93,7 +93,7 @@ def test_a_folder_of_a_stranger_runs_nothing(tmp_path, config):
     (folder / "config.yaml").write_text(yaml.safe_dump(hostile))
     pid = os.fork()
     if pid == 0:
-        worker._become(folder, threads=1)
+        worker.become(folder, threads=1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert "is not allowed here" in (folder / "run.log").read_text()
     assert "Traceback" not in (folder / "run.log").read_text()
