@@ -93,6 +93,7 @@ def test_a_folder_of_a_stranger_runs_nothing(tmp_path, config):
     (folder / "config.yaml").write_text(yaml.safe_dump(hostile))
     pid = os.fork()
     if pid == 0:
+        sys.stdout = sys.stderr = os.fdopen(1, "w")  # pytest's own are not the job's
         worker.become(folder, threads=1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert "is not allowed here" in (folder / "run.log").read_text()
