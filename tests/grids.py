@@ -1,5 +1,6 @@
 """Commands on real processes: `python -m finetune` in an empty folder, on a tiny base that is made here."""
 
+import collections
 import contextlib
 import json
 import os
@@ -68,6 +69,15 @@ def fault(tmp_path_factory):
         return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "FAULTS": json.dumps(given)}
 
     return environment
+
+
+@pytest.fixture
+def told(capsys):
+    """Counts by kind, printed at the end of a test."""
+    counts = collections.Counter()
+    yield counts
+    with capsys.disabled():
+        print("", dict(sorted(counts.items())), end=" ")
 
 
 # Python runs this first in every process; it acts in whichever opens the file, as a bug or the kernel would.

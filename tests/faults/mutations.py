@@ -1,7 +1,12 @@
 """Damage, drawn at random: of bytes, and of values that YAML and JSON can hold."""
 
+import contextlib
 import copy
+import json
 import os
+
+import pytest
+import yaml
 
 PIECES = [
     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\x80", b'"', b"\\", b"\\ud800", b"{", b"}", b"[", b"]", b",", b"\n", b"\r",
@@ -61,3 +66,37 @@ def _places(value, before=()):
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items):
         yield from _places(item, (*before, key))
+
+
+FEW = 1 / 80  # of the files of a whole run, for the tests that always run
+many = pytest.mark.parametrize(
+    "share", [pytest.param(FEW, id="few"), pytest.param(1, id="many", marks=pytest.mark.faults)]
+)
+
+
+def spoiled_text(raw, draw, *, write, load):
+    """The file's bytes or its values damaged."""
+    if draw.random() < 0.5:
+        return damaged(raw, draw)
+    with contextlib.suppress(ValueError, yaml.YAMLError, UnicodeError):
+        return write(changed(load(raw), draw)).encode(errors="surrogatepass")
+    return damaged(raw, draw)
+
+
+def as_json(raw, draw):
+    return spoiled_text(raw, draw, write=json.dumps, load=json.loads)
+
+
+def as_yaml(raw, draw):
+    return spoiled_text(raw, draw, write=lambda v: yaml.safe_dump(v, allow_unicode=True), load=yaml.safe_load)
+
+
+def only_refused(act):
+    """`read`, or `refused` for a ValueError that says so in a few words."""
+    said = ""
+    try:
+        act()
+    except ValueError as error:
+        said = str(error) or "nothing"
+    assert len(said) < 20_000
+    return "refused" if said else "read"
