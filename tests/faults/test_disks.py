@@ -63,8 +63,8 @@ PLACES = {
     "checkpoint": "checkpoint/.step-",
     "adapter": ".adapter/",
     "answers": ".predictions-0.jsonl",
-    "predictions": "/.predictions.jsonl.",
-    "scores": "/.scores.json.",
+    "predictions": ".predictions.jsonl.",
+    "scores": ".scores.json.",
 }
 
 
