@@ -1,7 +1,7 @@
 """ckpt-chaos on the checkpoints of a run: a training killed at every change of a file, and what it goes on from.
 
-Each point is a training of its own, killed before a file is changed, with the file cut in half, with all that was not
-synced lost, or asked to end there; and the same command after it. `CHAOS_POINTS` says how many points there are.
+Each point is a training of its own, killed before a file is changed, with the file cut in half, with all lost that was
+not seen synced, or asked to end there; and the same command after it. `CHAOS_POINTS` says how many points there are.
 """
 
 import os
