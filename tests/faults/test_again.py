@@ -11,7 +11,7 @@ from finetune import checkpoint
 
 pytestmark = pytest.mark.faults
 
-STEPS = ("optim.epochs=200", "optim.max_steps=120", "optim.validations=2", "launch.checkpoint_minutes=0")
+STEPS = ("optim.epochs=200", "optim.max_steps=40", "optim.validations=2", "launch.checkpoint_minutes=0")
 GRID = ("-m", "method=lora", "seed=1,2,3,4", "launch.jobs=1", "method.adapter.lora_dropout=0.1", *STEPS, *SMALL)
 SCIENCE = ("step", "loss", "valid_loss", "lr", "gradient_norm")
 
