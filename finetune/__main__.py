@@ -89,7 +89,7 @@ def _other_data(cell: Cell, hashes: dict[str, str]) -> str | None:
     """Why the cell's folder is not this cell's: what it holds was made from other data than there are now."""
     now = hashes.get(json.dumps(cell.config["task"], sort_keys=True))
     recorded = None
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # a damaged record is no record
         recorded = (runs.read_json(cell.folder / "environment.json").get("hashes") or {}).get("data")
     if not now or not recorded or now == recorded:
         return None

@@ -150,7 +150,7 @@ def _whole(file: Path) -> list[dict[str, Any]]:
             value = json.loads(line)
             if value["crc"] != zlib.crc32(value["batch"].encode()) or not line.endswith(b"\n"):
                 break
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             break
         found.append(json.loads(value["batch"]))
         kept += line

@@ -138,10 +138,10 @@ def refusals(cell: Cell) -> list[str]:
         return []
     try:
         old = runs.read_config(cell.folder)
-    except (ValueError, OSError) as error:
+        if identity(old) == identity(cell.config):
+            return []
+    except (ValueError, OSError, TypeError) as error:  # TypeError: YAML holds dates and keys that are no text
         return [f"{cell.folder}/config.yaml cannot be read ({error}); remove the folder"]
-    if identity(old) == identity(cell.config):
-        return []
     changed = "; ".join(differences(old, cell.config)) or "order of keys"
     return [f"{cell.folder} was made by another configuration ({changed}); choose another study=, or remove the folder"]
 

@@ -84,7 +84,7 @@ def read(path: Path) -> Any:
         for file in sorted(path.glob("tensors-*.safetensors")):
             tensors |= load_file(file)
         return _with(json.loads((path / TREE).read_bytes()), tensors)
-    except (OSError, LookupError, TypeError, SafetensorError) as error:
+    except (OSError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
 
 

@@ -111,7 +111,7 @@ def _line(detail: Any, config: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         known = _names(place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"
         return f"{'.'.join(place)}: no such key; {hint}"
     if detail["type"] == "missing":
         return f"{'.'.join(place)}: missing"
@@ -124,9 +124,11 @@ def _names(place: list[str]) -> list[str]:
     """The keys that the schema knows at a place."""
     section: Any = Config
     for part in place:
+        if part not in getattr(section, "model_fields", {}):
+            return []  # below a section of any keys
         section = section.model_fields[part].annotation
         section = next((a for a in getattr(section, "__args__", ()) if isinstance(a, type)), section)
-    return sorted(section.model_fields)
+    return sorted(getattr(section, "model_fields", {}))
 
 
 def _missing(config: Mapping[str, Any]) -> list[str]:

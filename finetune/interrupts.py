@@ -9,6 +9,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+from finetune.stop import STATUS
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -17,7 +19,7 @@ class Ended(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.status = 130 if number == signal.SIGINT else 75
+        self.status = 130 if number == signal.SIGINT else STATUS
 
 
 def listen() -> None:

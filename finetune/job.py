@@ -84,6 +84,7 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     train_rows, valid_rows = (encoded_rows(part, base.tokenizer, **_limits(config)) for part in (split.train, asked))
     if accelerator.is_main_process:
         cut = {f"{name}s_cut": sum(getattr(e, f"{name}_cut") for e in train_rows) for name in ("prompt", "target")}
+        cut |= {"beyond_positions": beyond_positions(base, [*train_rows, *valid_rows])}
         forms = split.templates_hash + template_hash(base.tokenizer)
         hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
         before = _earlier_record(run)
@@ -100,10 +101,17 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     return Job(run, config, accelerator, method, bases, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
 
 
+def beyond_positions(base: Base, examples: Sequence[Example]) -> int:
+    """How many rows are longer than the positions that the base knows, stretched ones included."""
+    known = getattr(base.model.config, "max_position_embeddings", None)
+    return sum(len(example.ids) > known for example in examples) if known else 0
+
+
 def _earlier_record(run: Path) -> Mapping[str, Any]:
     """environment.json of an earlier process of this run; a damaged record is no record."""
     with contextlib.suppress(ValueError):
-        return runs.read_json(run / "environment.json")
+        found = runs.read_json(run / "environment.json")
+        return found if isinstance(found, Mapping) else {}
     return {}
 
 
@@ -111,7 +119,8 @@ def _refuse_other_inputs(
     run: Path, hashes: Mapping[str, str], *, before: Mapping[str, Any], what: Mapping[str, str]
 ) -> None:
     """Raise ValueError if an earlier process of this run read other data, prompt forms or weights."""
-    known = before.get("hashes", {})
+    recorded = before.get("hashes")
+    known = {name: str(value) for name, value in recorded.items()} if isinstance(recorded, Mapping) else {}
     changed = [
         f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({known[name][:12]} -> {now[:12]})"
         for name, now in hashes.items()

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import psutil
 
 from finetune import runs
+from finetune.stop import STATUS
 
 GRACE_SECONDS = 40.0  # a job has 30 s to write its checkpoint, also under torch's launcher, which kills its ranks then
 KILL_SECONDS = 5.0  # until what was killed is gone; a process in a system call of a dead file server is not
 BYTES_A_CELL = 2 * 2**30  # a cell on a miniature peaks at 1.0 to 1.3 GiB
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PREEMPTED = 75  # EX_TEMPFAIL: how a job says that it was asked to end
 _libc = ctypes.CDLL(None)  # loaded here: a fork in the middle of an import must not import
 
 
@@ -178,7 +178,7 @@ def _death(run: Path, code: int, said: str) -> dict[str, str]:
         return {"kind": "killed", "message": "killed (out of memory?)"}
     if code < 0:
         return {"kind": "signal", "message": f"signal {-code} ({signal.Signals(-code).name})"}
-    if code == PREEMPTED:
+    if code == STATUS:
         return {"kind": "interrupted", "message": "interrupted; the same command goes on with it"}
     where = "before the job began, " if said else ""
     return {"kind": "error", "message": f"{where}exit status {code}: {last[:300]}"}

@@ -87,7 +87,7 @@ def summary(outcomes: Sequence[tuple[str, Path, str]]) -> None:
     for name, run, outcome in outcomes:
         if outcome in ("failed", "unsupported", "unfinished"):
             record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
-            why = str(record.get("message") or record.get("reason") or "stopped without a word")
+            why = str(record.get("message") or record.get("reason") or "no record of it could be written, see above")
             log = f" (see {run / 'run.log'})" if outcome == "failed" else ""
             style = STYLES[outcome]
             console.print(f"  [{style}]{outcome}[/] {escape(f'{name}: {why}{log}')}", highlight=False, soft_wrap=True)

@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from finetune.launch import PREEMPTED, die_with_parent
+from finetune.launch import die_with_parent
+from finetune.stop import STATUS
 
 RANK_SECONDS = 33  # between torch's SIGTERM to the ranks and its SIGKILL: a job has 30 s, launch.GRACE_SECONDS are more
 LAUNCHER = "FINETUNE_LAUNCHER"  # its process id, for the ranks
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         launch(["--standalone", f"--nproc-per-node={num_processes}", "-m", "finetune.ranks", num_processes, run])
     except SignalException:
-        sys.exit(PREEMPTED)
+        sys.exit(STATUS)
     except ChildFailedError as error:  # the rank that failed first has said why
         code = error.get_first_failure()[1].exitcode
         sys.exit(code if code > 0 else 128 - code)

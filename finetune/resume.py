@@ -116,9 +116,9 @@ class Keeper:
         """Steps after which the run went on in a new process."""
         try:
             found = json.loads((self.folder / RESUMED).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return []
-        return [int(step) for step in found] if isinstance(found, list) else []
+        return [step for step in found if isinstance(step, int)] if isinstance(found, list) else []
 
     def note_resumed(self) -> None:
         """Remember that this process goes on where another ended."""

@@ -5,14 +5,13 @@ multirun/<study>/<task>[+...]/<model>[+...]/<method>[+...]/seed<k>/
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,12 +132,15 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is no such file."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: not a JSON object")
-        return value
-    return {}
+    except FileNotFoundError:
+        return {}
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -173,16 +175,6 @@ def tail(path: Path, num_lines: int) -> list[str]:
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
     except FileNotFoundError:
         return []
-
-
-@contextlib.contextmanager
-def owned(run: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the claim on a run folder."""
-    claim(run, config)
-    try:
-        yield
-    finally:
-        release(run)
 
 
 def _keep_old(path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+STATUS = 75  # EX_TEMPFAIL of sysexits.h, of a job and of a sweep: the same command goes on
 PATIENCE = 20.0  # seconds for what is at work to come to a good end; a sweep kills after 40
 
 

@@ -141,7 +141,7 @@ class Sweep:
         self.free.append(slot)
         outcome = runs.ended(cell.folder)  # before another sweep can take it
         runs.release(cell.folder)
-        self._end(cell, outcome)
+        self._end(cell, "failed" if outcome == "unfinished" else outcome)  # a full disk takes no failure.json
 
     def _lose(self, folder: Path) -> None:
         """We were away for so long that another sweep took the cell: ours must not write any more."""

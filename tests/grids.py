@@ -1,5 +1,6 @@
 """Commands on real processes: `python -m finetune` in an empty folder, on a tiny base that is made here."""
 
+import collections
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ QUICK = (
     "wandb.mode=disabled",
     "evaluate.max_new_tokens=4",
 )
+SMALL = ("evaluate.forgetting_text=null", "evaluate.rewording_rows=0", "task.valid_rows=2")
 ENDLESS = ("optim.max_steps=100000", "optim.epochs=100000")
 
 
@@ -69,6 +71,15 @@ def fault(tmp_path_factory):
     return environment
 
 
+@pytest.fixture
+def told(capsys):
+    """Counts by kind, printed at the end of a test."""
+    counts = collections.Counter()
+    yield counts
+    with capsys.disabled():
+        print("", dict(sorted(counts.items())), end=" ")
+
+
 # Python runs this first in every process; it acts in whichever opens the file, as a bug or the kernel would.
 FAULTY = """
 import json, os, signal, sys
@@ -88,6 +99,20 @@ def exits():
 def deaf():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+def kill():
+    import subprocess
+    subprocess.Popen(["sleep", "1000"])  # in the session of the job: it must not outlive it
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fill():
+    size = 2**20
+    with open("multirun/filling", "ab", buffering=0) as file:
+        while size:
+            try:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+            except OSError:
+                size //= 2
+
 def trackers():
     import psutil
     for child in psutil.Process().children(recursive=True):
@@ -95,7 +120,7 @@ def trackers():
 
 KINDS = {
     "raise": error, "full": full, "sys.exit": exits, "os._exit": lambda: os._exit(7), "segfault": segfault,
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "deaf": deaf, "kill trackers": trackers,
+    "kill": kill, "deaf": deaf, "fill": fill, "kill trackers": trackers,
 }
 PLACES = json.loads(os.environ.get("FAULTS", "{}"))
 
@@ -139,6 +164,11 @@ def wait_for(condition, *, seconds=120, while_runs=None):
 
 def wait_for_file(tmp_path, pattern, **how):
     return wait_for(lambda: sorted(tmp_path.glob(pattern)), **how)
+
+
+def started(folder):
+    """How often a job began in the folder."""
+    return (folder / "run.log").read_text().count("training rows,")
 
 
 def failure(folder):

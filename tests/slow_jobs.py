@@ -1,8 +1,8 @@
 """`python -m slow_jobs`: the jobs of `finetune.worker`, slowed down so that a test finds them at work.
 
-Reads {"run", "ranks", "slow", "room"} lines, answers with the jobs' process ids, then with their exit statuses. `slow`
+Reads {"run", "ranks", "slow", "room", "narrow"} lines, answers with the jobs' process ids, then with their exit statuses. `slow`
 are seconds that each training step and each answered batch takes more; `room` is how many rows fit into memory when
-they are answered.
+they are answered, `narrow` how many tokens when they are trained on.
 """
 
 import json
@@ -22,13 +22,15 @@ from finetune.launch import die_with_parent
 from finetune.scores.segment import segment
 
 
-def slow_down(run, *, slow, room):
+def slow_down(run, *, slow, room, narrow):
     """Every base that is loaded from now on takes its time."""
     plain = transformers.AutoModelForCausalLM.from_pretrained
 
     def wait(module, args, kwargs):
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if module.training:
+            if narrow and ids.numel() > narrow:
+                raise torch.OutOfMemoryError("CUDA out of memory")
             if not (run / "steps.jsonl").exists():
                 print("in the first step", flush=True)
             time.sleep(slow)
@@ -36,6 +38,8 @@ def slow_down(run, *, slow, room):
             time.sleep(slow)
             if room and len(ids) > room and not (run / "predictions.jsonl").exists():
                 raise torch.OutOfMemoryError("CUDA out of memory")
+        elif (run / "predictions.jsonl").exists():
+            time.sleep(slow)
 
     def slowed(*args, **kwargs):
         found = plain(*args, **kwargs)
@@ -54,7 +58,7 @@ def start(job, *, rank, port):
         if job["ranks"] > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-        slow_down(Path(job["run"]), slow=job["slow"], room=job["room"])
+        slow_down(Path(job["run"]), slow=job["slow"], room=job["room"], narrow=job["narrow"])
         worker.become(Path(job["run"]), threads=1)
     return pid
 

@@ -125,16 +125,16 @@ def test_all_problems_are_listed_together(tmp_path):
 def test_a_folder_of_another_configuration_is_refused(tmp_path):
     [cell] = compose(root=tmp_path)
     old = {**cell.config, "optim": {**cell.config["optim"], "batch_rows": 4}}
-    with runs.owned(cell.folder, old):
-        pass
+    runs.claim(cell.folder, old)
+    runs.release(cell.folder)
     with pytest.raises(Invalid, match=r"optim.batch_rows: 4 -> 8"):
         compose(root=tmp_path)
 
 
 def test_launch_and_tracking_are_no_part_of_the_identity(tmp_path):
     [cell] = compose(root=tmp_path)
-    with runs.owned(cell.folder, cell.config):
-        pass
+    runs.claim(cell.folder, cell.config)
+    runs.release(cell.folder)
     [same] = compose("launch.device=cpu", "wandb.mode=disabled", root=tmp_path)
     assert same.folder == cell.folder
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import checkpoint, runs
 from finetune.cells import cells
+from finetune.job import beyond_positions
 
 ROOT = Path(__file__).parent.parent
 LORA = ("method=lora", "method.adapter.lora_dropout=0.2")
@@ -53,9 +55,10 @@ def compose(run, base, *words):
 class Job:
     """A job at work."""
 
-    def __init__(self, process, run, *, ranks=1, slow=0.0, room=0):
+    def __init__(self, process, run, *, ranks=1, slow=0.0, room=0, narrow=0):
         self.process, self.run = process, run
-        process.stdin.write(json.dumps({"run": str(run), "ranks": ranks, "slow": slow, "room": room}) + "\n")
+        asked = {"run": str(run), "ranks": ranks, "slow": slow, "room": room, "narrow": narrow}
+        process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         self.pids = json.loads(process.stdout.readline())
         self.statuses = []
@@ -84,7 +87,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start():
-    """`start(run, ranks=, slow=, room=)` begins a job, forked from a process that has imported all it needs."""
+    """`start(run, ranks=, slow=, room=, narrow=)` begins a job, forked from a process that has imported all it needs."""
     known = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "slow_jobs"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -254,6 +257,14 @@ def refused(job, reason):
     (job.run / "failure.json").unlink()
 
 
+@pytest.mark.parametrize(("known", "found"), [(4, 2), (6, 1), (None, 0)], ids=["four", "six", "endless"])
+def test_rows_longer_than_the_positions_of_the_base_are_counted(known, found):
+    config = SimpleNamespace(**({"max_position_embeddings": known} if known else {}))
+    base = SimpleNamespace(model=SimpleNamespace(config=config))
+    examples = [SimpleNamespace(ids=[0] * length) for length in (3, 4, 5, 7)]
+    assert beyond_positions(base, examples) == found
+
+
 def test_memory_that_runs_out_while_answering_halves_the_batch(whole, base, start, tmp_path):
     run = compose(tmp_path / "run", base)
     finish(start(run, room=1))
@@ -292,3 +303,12 @@ def test_processes_share_a_budget_of_tokens(base, start, tmp_path):
         both.append([line["loss"] for line in steps_of(run)])
     assert len(both[0]) > 1
     assert both[1] == pytest.approx(both[0], rel=1e-4)
+
+
+@pytest.mark.faults
+def test_a_row_that_never_fits_fails_the_run_and_says_what_would(base, start, tmp_path):
+    run = compose(tmp_path / "run", base)
+    assert start(run, narrow=1).wait() == [1]
+    found = runs.read_json(run / "failure.json")
+    assert found["kind"] == "out of memory"
+    assert re.search(r"one row of \d+ tokens does not fit .* method.quantize=nf4", found["message"])

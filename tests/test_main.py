@@ -29,8 +29,10 @@ def test_a_grid_is_not_run_twice(command, tmp_path):
         assert scores["scores"]["mean"]["num_rows"] == 6
         assert json.loads((folder / "environment.json").read_text())["padding_free"]
     before = times(tmp_path / "multirun")
-    again = command(*words)
-    assert again.returncode == 0
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    again = command(*words, PYTHONPATH=f"{tmp_path / 'broken'}:{ROOT}")
+    assert again.returncode == 0, again.stderr
     assert "4 done" in again.stderr
     assert times(tmp_path / "multirun") == before
 

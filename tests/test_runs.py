@@ -77,7 +77,7 @@ def test_lone_surrogates_survive(tmp_path):
 
 def test_find_lists_run_folders(tmp_path):
     run = runs.folder(tmp_path, CONFIG, [])
-    with runs.owned(run, CONFIG):
-        pass
+    runs.claim(run, CONFIG)
+    runs.release(run)
     (tmp_path / "main" / "wandb").mkdir()
     assert runs.find(tmp_path) == [run]

@@ -1,10 +1,11 @@
 """A base in memory: its weights in the asked precision or quantised, its tokenizer, and what identifies it."""
 
+import contextlib
 import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def load(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     source = sources.resolve(model, scale=scale, log=log)
+    with _refused_by_name(source):
+        return _loaded(source, model, quantize=quantize, device=device, max_tokens=max_tokens, log=log)
+
+
+def _loaded(
+    source: Source, model: Mapping[str, Any], *, quantize: str | None, device: str, max_tokens: int, log: Log
+) -> Base:
     weights_hash = sources.weights_hash(source)
     folder = (
         _unpacked(source, precision=model["precision"], key=weights_hash, log=log) if source.gguf else source.folder
@@ -60,6 +68,19 @@ def load(
     _prepare(network, tokenizer, end_ids=end_ids, source=source)
     log(f"loaded {source.name}: {network.num_parameters() / 1e6:.1f} M parameters, {quantize or model['precision']}")
     return Base(network, tokenizer, source.name, weights_hash, network.num_parameters(), tuple(end_ids), factor)
+
+
+@contextlib.contextmanager
+def _refused_by_name(source: Source) -> Iterator[None]:
+    """Whatever a damaged file makes the libraries raise (TypeError, a bare Exception: seen) becomes a ValueError."""
+    try:
+        yield
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's own
+            raise
+        raise ValueError(f"{source.name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _config(folder: Path, model: Mapping[str, Any], *, source: Source) -> Any:
@@ -92,8 +113,8 @@ def _stretch(config: Any, *, rope_scaling: str | None, max_tokens: int, log: Log
         return 1.0
     if not rope_scaling:
         log(
-            f"rows of up to {max_tokens} tokens are longer than the {num_positions} positions that this base knows; "
-            "model.rope_scaling=linear stretches them"
+            f"rows may have up to {max_tokens} tokens, more than the {num_positions} positions that this base knows "
+            "(environment.json counts those that do); model.rope_scaling=linear stretches positions"
         )
         return 1.0
     factor = float(math.ceil(max_tokens / num_positions))

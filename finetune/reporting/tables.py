@@ -125,6 +125,7 @@ DATA = {
     "dropped": "of these left out",
     "prompts_cut": "prompts cut",
     "targets_cut": "targets cut",
+    "beyond_positions": "rows beyond the base's positions",
 }
 
 

@@ -1,6 +1,7 @@
 """What is kept between runs and was damaged is made again."""
 
 import json
+import shutil
 
 import pytest
 
@@ -22,9 +23,18 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One that holds a miniature."""
+    found = tmp_path_factory.mktemp("cache")
+    miniature.make(TINY, name="qwen", cache=found, log=lambda line: None)
+    return found
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_miniature_is_made_anew(tmp_path, damage):
-    folder = miniature.make(TINY, name="qwen", cache=tmp_path, log=lambda line: None)
+def test_a_damaged_miniature_is_made_anew(tmp_path, cache, damage):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    [folder] = [path.parent for path in tmp_path.rglob("model.safetensors")]
     before = (folder / "model.safetensors").read_bytes()
     damage(folder)
     said = []

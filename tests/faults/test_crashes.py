@@ -1,11 +1,14 @@
 """Cells that die, each in its own way, among cells that do not."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 
+import psutil
 import pytest
-from grids import ROOT, failure, folders, wait_for, wait_for_file
+from grids import ROOT, SMALL, descendants, failure, folders, processes_in, started, wait_for, wait_for_file
 from report_runs import write_base
 
 KINDS = {
@@ -20,21 +23,27 @@ KINDS = {
 
 @pytest.mark.parametrize("launch", ["process", pytest.param("worker", marks=pytest.mark.faults)])
 def test_however_cells_die_the_others_finish(command, tmp_path, fault, launch):
+    """In two commands at once: each cell is tried once, by one of them, and both tell of all."""
     places = fault(**{f"seed{seed}/steps.jsonl": kind for seed, (kind, _, _) in KINDS.items()})
     seeds = f"seed={','.join(map(str, [*KINDS, 7]))}"
-    result = command("-m", "method=lora", seeds, f"launch={launch}", "launch.jobs=1", **places)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
+    words = ("-m", "method=lora", seeds, f"launch={launch}", "launch.jobs=1", *SMALL)
+    sweeps = [command(*words, start=True, **places) for _ in range(2)]
+    said = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [1, 1]
     found = {int(folder.name.removeprefix("seed")): folder for folder in folders(tmp_path)}
     for seed, (_, kind, message) in KINDS.items():
         assert failure(found[seed])["kind"] == kind
         assert message in failure(found[seed])["message"]
         assert not (found[seed] / "scores.json").exists()
-        [line] = [line for line in result.stderr.splitlines() if f"seed{seed}:" in line]
-        assert message in line
-        assert str(found[seed].relative_to(tmp_path) / "run.log") in line
-    assert "1 done, 6 failed" in result.stderr
+        for errors in said:
+            [line] = [line for line in errors.splitlines() if f"seed{seed}:" in line]
+            assert message in line
+            assert str(found[seed].relative_to(tmp_path) / "run.log") in line
+    assert all("1 done, 6 failed" in errors and "Traceback" not in errors for errors in said)
     assert (found[7] / "scores.json").exists()
+    assert [started(folder) for folder in found.values()] == [1] * 7
+    assert not list(tmp_path.rglob("failure.*.json"))
+    assert processes_in(tmp_path) == {}
     assert not list(tmp_path.rglob("*owner*"))
     line = [sys.executable, "-m", "finetune.report", "multirun"]
     report = subprocess.run(
@@ -46,13 +55,22 @@ def test_however_cells_die_the_others_finish(command, tmp_path, fault, launch):
     assert page.count("failed") >= 6
 
 
+def alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @pytest.mark.faults
 def test_one_dead_rank_ends_the_cell(command, tmp_path, fault):
     """The other rank waits for it in a collective operation, for ever if nobody ends it."""
     places = fault(**{"seed1/steps.jsonl": "segfault"})
     sweep = command("method=lora", "launch.num_processes=2", start=True, **places)
     wait_for_file(tmp_path, "multirun/*/*/*/*/seed1/environment.json", while_runs=sweep)
-    wait_for(lambda: sweep.poll() is not None, seconds=90)
+    ranks = [process for process in descendants(sweep) if "finetune.ranks" in process.cmdline()]
+    assert len(ranks) == 3  # the launcher and both
+    wait_for(lambda: any(not alive(process) for process in ranks))
+    wait_for(lambda: sweep.poll() is not None, seconds=60)
     assert sweep.returncode == 1
     [folder] = folders(tmp_path)
     assert failure(folder)["kind"] == "signal"
@@ -71,6 +89,7 @@ def test_weights_that_are_no_numbers_are_told_and_never_trained(command, tmp_pat
     assert result.returncode == 1
     [folder] = folders(tmp_path)
     assert failure(folder)["kind"] == "not-a-number"
+    assert re.search(r"step 3: loss .*nan.* learning rate .*, rows ", failure(folder)["message"])
     assert not (folder / "scores.json").exists()
     steps = folder / "steps.jsonl"
     losses = [json.loads(line)["loss"] for line in steps.read_text().splitlines()] if steps.exists() else []

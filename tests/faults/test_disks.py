@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from grids import failure, folders
+from grids import ENDLESS, SMALL, failure, folders, wait_for_file
 
 pytestmark = pytest.mark.faults
 
@@ -58,6 +58,38 @@ def test_a_full_disk_fails_its_cell_and_loses_nothing(command, tmp_path, disk, l
     assert "2 done" in again.stderr
 
 
+PLACES = {
+    "steps": "steps.jsonl",
+    "checkpoint": "checkpoint/.step-",
+    "adapter": ".adapter/",
+    "answers": ".predictions-0.jsonl",
+    "predictions": ".predictions.jsonl.",
+    "scores": ".scores.json.",
+}
+
+
+def test_a_disk_that_is_full_when_a_file_is_written(command, tmp_path, disk, fault):
+    """Each file in a cell of its own, and the next command goes on with the cell before."""
+    root = disk("8m")
+    words = ("-m", "method=lora", *SMALL)
+    before = {}
+    for seed, (name, place) in enumerate(PLACES.items(), start=1):
+        seeds = f"seed={','.join(map(str, range(seed + 1)))}"
+        result = command(*words, seeds, **fault(**{f"seed{seed}/{place}": "fill"}))
+        assert result.returncode == 1, name
+        assert f"{seed} done, 1 failed" in result.stderr, name
+        assert "no space" in result.stderr.lower(), name
+        assert "Traceback" not in result.stderr, name
+        assert all(path.read_bytes() == content for path, content in before.items()), name
+        (root / "filling").unlink()
+        before = {path: path.read_bytes() for path in root.glob("*/*/*/*/*/scores.json")}
+    again = command(*words, f"seed={','.join(map(str, range(1 + len(PLACES))))}")
+    assert again.returncode == 0, again.stderr
+    assert f"{1 + len(PLACES)} done" in again.stderr
+    [*_, answered, last] = [json.loads((folder / "scores.json").read_text())["resumed"] for folder in folders(tmp_path)]
+    assert answered == last == [3]  # what was trained is not trained again
+
+
 def test_a_tree_that_may_not_be_written_is_told_and_read(command, tmp_path, disk):
     root = disk("8m")
     assert command("method=lora", "seed=1").returncode == 0
@@ -72,8 +104,6 @@ def test_a_tree_that_may_not_be_written_is_told_and_read(command, tmp_path, disk
 
 
 def test_a_disk_that_fills_up_during_a_run(command, tmp_path, disk):
-    from grids import ENDLESS, wait_for_file
-
     root = disk("8m")
     sweep = command("method=lora", *ENDLESS, start=True)
     wait_for_file(tmp_path, "multirun/*/*/*/*/seed1/steps.jsonl", while_runs=sweep)

@@ -1,6 +1,7 @@
 """Folders, files and answers of strangers: nothing of them runs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,9 +19,14 @@ def compose(*words, root):
     return cells(get_args_parser().parse_args(list(words)), root=root)
 
 
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory):
+    return json.dumps(compose(root=tmp_path_factory.mktemp("root"))[0].config)
+
+
 @pytest.fixture
-def config(tmp_path):
-    return json.loads(json.dumps(compose(root=tmp_path)[0].config))
+def config(composed):
+    return json.loads(composed)
 
 
 def changed(config, place, value):
@@ -77,17 +83,21 @@ def test_what_looks_like_a_method_and_is_none_is_not_built(target):
 
 
 def test_a_folder_of_a_stranger_runs_nothing(tmp_path, config):
-    """`python -m finetune.train FOLDER` on a folder that somebody else wrote."""
+    """A job, as a worker forks it, on a folder that somebody else wrote."""
+    from finetune import worker
+
     folder = tmp_path / "multirun" / "main" / "clinic" / "qwen" / "lora" / "seed1"
     folder.mkdir(parents=True)
     bait = tmp_path / "touched"
     hostile = changed(config, "method.adapter", {"_target_": "pathlib.Path.touch", "self": str(bait)})
     (folder / "config.yaml").write_text(yaml.safe_dump(hostile))
-    line = [sys.executable, "-m", "finetune.train", str(folder)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
-    assert "is not allowed here" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = os.fdopen(1, "w")  # pytest's own are not the job's
+        worker.become(folder, threads=1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert "is not allowed here" in (folder / "run.log").read_text()
+    assert "Traceback" not in (folder / "run.log").read_text()
     assert not bait.exists()
     assert runs.read_json(folder / "failure.json")["kind"] == "error"
 

@@ -53,7 +53,7 @@ def test_killed_at_random_it_ends_as_if_it_had_not_been(phase, name, undisturbed
     job.wait_for(lambda run: PHASES[phase](run, number))
     time.sleep(draw.random() * LASTING[phase])
     job.send(signal.SIGKILL)
-    job.wait()
-    (run / "scores.json").unlink(missing_ok=True)  # it was killed too late
+    assert job.wait() == [-signal.SIGKILL]
+    assert not (run / "scores.json").exists()
     finish(start(run))
     assert outcome(run) == whole

@@ -1,6 +1,7 @@
 """W&B that cannot be reached, and W&B that dies: the folder is the record, and the run goes on."""
 
 import json
+import socket
 import time
 
 import pytest
@@ -9,9 +10,19 @@ from grids import folders
 pytestmark = pytest.mark.faults
 
 
-def test_a_service_that_cannot_be_reached_costs_seconds(command, tmp_path):
+@pytest.fixture(params=["refused", "silent"])
+def service(request):
+    """Where nobody listens, or where somebody listens who never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param == "silent":
+            server.listen(100)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_service_that_cannot_be_reached_costs_seconds(command, tmp_path, service):
     began = time.monotonic()
-    key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": service}
     result = command("method=lora", "wandb.mode=online", **key)
     assert result.returncode == 0, result.stderr
     [folder] = folders(tmp_path)

@@ -171,7 +171,7 @@ def test_rows_beyond_the_positions_are_told_when_nothing_is_scaled(tmp_path):
     save_base(tmp_path)
     said = []
     assert loaded(described("llama", path=str(tmp_path)), max_tokens=300, said=said).rope_factor == 1.0
-    assert any("300 tokens are longer than the 256 positions" in line for line in said)
+    assert any("up to 300 tokens, more than the 256 positions" in line for line in said)
 
 
 @pytest.mark.parametrize(

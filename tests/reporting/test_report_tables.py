@@ -162,6 +162,7 @@ def test_what_was_counted_of_the_data_is_one_line_for_runs_that_read_them_alike(
         "leaks": 3,
         "dropped": 0,
         "prompts_cut": 5,
+        "beyond_positions": 6,
     }
     for method, seed in (("lora", 1), ("lora", 2), ("prefix", 1)):
         path = make_run(method=method, seed=seed) / "environment.json"
@@ -169,7 +170,7 @@ def test_what_was_counted_of_the_data_is_one_line_for_runs_that_read_them_alike(
     make_run(method="none", seed=1)  # made before anything was counted
     [found] = data_tables(to_cells(read_all(multirun)[0]))
     [line] = [[entry.text for entry in row] for row in found.rows]
-    assert line == ["clinic", "qwen", "10", "4", "1", "0", "2", "3", "0", "5", "–"]
+    assert line == ["clinic", "qwen", "10", "4", "1", "0", "2", "3", "0", "5", "–", "6"]
     assert found.title == "Data"
     assert len(found.header) == len(line)
 
