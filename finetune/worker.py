@@ -59,8 +59,12 @@ def _fork(run: Path, answers: TextIO, *, threads: int) -> int:
 def become(run: Path, *, threads: int) -> NoReturn:
     """Turn this fork into the job."""
     os.setsid()
-    with _log_of(run):
-        os._exit(_status(run, threads=threads))
+    code = 1
+    try:
+        with _log_of(run):
+            code = _status(run, threads=threads)
+    finally:
+        os._exit(code)
 
 
 def _stay(run: Path, bases: Shelf, answers: TextIO, *, threads: int) -> int:
