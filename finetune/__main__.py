@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from hydra._internal.utils import get_args_parser
 from finetune import interrupts, runs
 from finetune.cells import CONF, Cell, Invalid, cells, only_our_resolvers
 from finetune.confidential import hide
-from finetune.launch import child, has_gpu
+from finetune.launch import has_gpu
 from finetune.progress import Progress, summary
+from finetune.slots import Worker
 from finetune.sweep import run_all, slots
 
 ROOT = Path("multirun")
@@ -49,18 +49,20 @@ def sweep(todo: list[Cell]) -> int:
     """Run every cell that is not done; the exit status."""
     open_cells = [cell for cell in todo if runs.state(cell.folder) not in FINAL]
     with contextlib.ExitStack() as stack:
-        # Workers import their libraries while the configuration is checked.
-        room = [] if has_gpu() else slots(open_cells, 0, stack)
-        num_gpus = _preflight(open_cells, todo) if open_cells else 0
-        room = room or slots(open_cells, num_gpus, stack)
+        room = slots(open_cells, 0, stack) if not (open_cells and has_gpu()) else []
+        if open_cells:
+            first = room[0].worker if room else stack.enter_context(contextlib.closing(Worker({})))
+            assert first
+            num_gpus = _preflight(open_cells, todo, first)
+            room = room or slots(open_cells, num_gpus, stack, first=first)
         progress = stack.enter_context(Progress(num_cells=len(todo)))
         outcomes = run_all(todo, room, progress)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
     return 0 if all(outcome in FINAL for outcome in outcomes.values()) else 1
 
 
-def _preflight(open_cells: list[Cell], todo: list[Cell]) -> int:
-    """What only the libraries and the data can tell, in one child before anything starts; raises `Invalid`.
+def _preflight(open_cells: list[Cell], todo: list[Cell], worker: Worker) -> int:
+    """What only the libraries and the data can tell, asked of a worker before anything starts; raises `Invalid`.
 
     The number of GPUs.
     """
@@ -68,17 +70,9 @@ def _preflight(open_cells: list[Cell], todo: list[Cell]) -> int:
     for cell in open_cells:
         part = {key: cell.config[key] for key in ("model", "method", "task", "optim", "scale")}
         asked.setdefault(json.dumps(part, sort_keys=True), part)
-    request = json.dumps(list(asked.values())).encode()
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with child([sys.executable, "-m", "finetune.preflight"], **pipes) as process:
-        try:
-            answer, errors = process.communicate(request)
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        raise Invalid(f"the check of the configuration failed: {errors.decode(errors='replace').strip()[-2000:]}")
-    found = json.loads(answer)
+    found = worker.check(list(asked.values()))
+    if found is None:
+        raise Invalid(f"the check of the configuration failed: {worker.last_words()}")
     changed = [text for cell in todo if (text := _other_data(cell, found["data"]))]
     if found["wrong"] or changed:
         raise Invalid("\n".join([*found["wrong"], *changed]))

@@ -1,8 +1,4 @@
-"""The checks that need the libraries, in one process before a sweep starts: data, optimizer, adapter arguments.
-
-Reads a JSON list of {model, method, task, optim, scale} from standard input; writes {"wrong": [...], "num_gpus": N,
-"data": {task as JSON: hash of its content}}.
-"""
+"""The checks that need the libraries, before a sweep starts: data, optimizer, adapter arguments."""
 
 from __future__ import annotations
 
@@ -10,8 +6,7 @@ import difflib
 import importlib
 import inspect
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +15,8 @@ from finetune.data import rows
 from finetune.methods.build import build
 
 
-def main() -> None:
-    """Check every distinct part once."""
+def findings(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is `wrong` with {model, method, task, optim, scale}, `num_gpus`, and each task's (as JSON) `data` hash."""
     found: dict[str, None] = {}
     seen: set[str] = set()
     data: dict[str, str] = {}
@@ -29,13 +24,13 @@ def main() -> None:
     def read(task: Mapping[str, Any]) -> None:
         data[json.dumps(task, sort_keys=True)] = rows.load(task).data_hash
 
-    for part in json.load(sys.stdin):
+    for part in parts:
         for check, what in ((read, part["task"]), (build, part["method"]), (optimizer, part["optim"])):
             key = json.dumps([check.__qualname__, what], sort_keys=True)
             if key not in seen:
                 seen.add(key)
                 found.update(dict.fromkeys(_problems(check, what)))
-    json.dump({"wrong": list(found), "num_gpus": torch.cuda.device_count(), "data": data}, sys.stdout)
+    return {"wrong": list(found), "num_gpus": torch.cuda.device_count(), "data": data}
 
 
 def optimizer(optim: Mapping[str, Any]) -> None:
@@ -68,7 +63,3 @@ def _problems(check: Callable[[Mapping[str, Any]], object], what: Mapping[str, A
     except (ValueError, TypeError, OSError, ImportError) as error:
         return str(error).splitlines()
     return []
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,31 @@ from finetune.launch import Job, command, has_gpu, kill_session, started
 
 
 def way(launch: Mapping[str, Any], *, several: bool, deterministic: bool = False) -> str:
-    """How a cell gets its process: "new" one, "fork" of one with the imports, or "stay" in that of the cell before.
+    """How a cell gets its process: a "new" one, a "fork" of one with the imports, or to "stay" in the one before.
 
     `several` cells share a device. Determinism is decided before a CUDA context is made.
     """
-    if launch["num_processes"] > 1:
-        return "new"
     if launch["worker"] == "always" or (launch["worker"] == "auto" and several and has_gpu()):
         return "new" if deterministic else "stay"
     return "new" if has_gpu() else "fork"
 
 
 class Slot:
-    """A share of the machine, for one job after the other; `forks`: a worker begins to import before the first."""
+    """A share of the machine, for one job after the other; the worker may have begun to import before the first."""
 
-    def __init__(self, share: Mapping[str, str], *, forks: bool) -> None:
+    def __init__(self, share: Mapping[str, str], *, worker: Worker | None = None) -> None:
         self.share = share
-        self.worker = Worker(share) if forks else None
+        self.worker = worker
         self.base: str | None = None  # that its process keeps
 
     def start(self, run: Path, launch: Mapping[str, Any], *, way: str) -> Job:
         """Start the job of a claimed folder."""
-        if way != "new":
-            if self.worker is None or self.worker.process.poll() is not None:
+        if launch["num_processes"] == 1:
+            over = self.worker and (self.worker.process.poll() is not None or (way == "new" and self.worker.used))
+            if self.worker is None or over:
                 self.close()
                 self.worker = Worker(self.share)
-            self.worker.start(run, stays=way == "stay")
+            self.worker.start(run, self.share, way=way)
             return Job(run, self.worker)
         if self.worker and self.worker.stays:  # it holds memory of the device
             self.close()
@@ -66,15 +65,24 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.process = started(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
         self.answers: list[int] = []
-        self.stays = False  # does the job run in the worker itself?
+        self.used = self.stays = self.once = False  # does the job run in the worker itself, and is it the only one?
 
-    def start(self, run: Path, *, stays: bool) -> None:
+    def check(self, parts: Sequence[Mapping[str, Any]]) -> Any:
+        """`preflight.findings`; None if there are none, see `last_words`."""
+        self._ask({"check": parts})
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def start(self, run: Path, share: Mapping[str, str], *, way: str) -> None:
         """Ask for a job; its process id follows when the worker is ready."""
-        self.answers, self.stays = [], stays
-        asked = {"run": str(run.resolve()), "threads": self.threads, "stays": stays}
+        self.answers, self.used, self.stays, self.once = [], True, way != "fork", way == "new"
+        self._ask({"run": str(run.resolve()), "share": dict(share), "threads": self.threads, "stays": self.stays})
+
+    def _ask(self, what: Mapping[str, Any]) -> None:
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):  # a dead worker is seen by `poll`
-            self.process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self.process.stdin.write(json.dumps(what).encode() + b"\n")
 
     @property
     def pid(self) -> int:
@@ -91,7 +99,7 @@ class Worker:
             self.answers.append(int(line))
         if len(self.answers) < 2:
             return None
-        if self.stays and self.answers[1] != 0:  # it ends by itself, but perhaps not before the next job is asked for
+        if self.once or (self.stays and self.answers[1] != 0):  # what failed may have left anything behind
             self._kill()
         return self.answers[1]
 
@@ -106,8 +114,9 @@ class Worker:
         self.said.close()
 
     def _kill(self) -> None:
-        kill_session(self.process.pid)
-        self.process.wait()
+        if self.process.poll() is None:
+            kill_session(self.process.pid)
+            self.process.wait()
 
     def last_words(self) -> str:
         """The last line that a worker wrote which died before it began the job."""

@@ -17,18 +17,24 @@ from finetune import claims, runs
 from finetune.cells import Cell, refusals
 from finetune.config import unsupported
 from finetune.interrupts import Ended, held
-from finetune.launch import Job, end, has_gpu, shares, stop
+from finetune.launch import Job, end, shares, stop
 from finetune.progress import Progress
-from finetune.slots import Slot, way
+from finetune.slots import Slot, Worker, way
 
 LOOK_SECONDS = 0.2  # between two looks at the jobs
 ELSEWHERE_SECONDS = 2.0  # between two looks at the cells of other sweeps
 
 
-def slots(todo: Sequence[Cell], num_gpus: int, stack: contextlib.ExitStack) -> list[Slot]:
-    """Room for the cells that run at once."""
-    found = _shares(todo, num_gpus)[: max(1, len(todo))]
-    return [stack.enter_context(contextlib.closing(Slot(share, forks=bool(todo) and not has_gpu()))) for share in found]
+def slots(
+    todo: Sequence[Cell], num_gpus: int, stack: contextlib.ExitStack, *, first: Worker | None = None
+) -> list[Slot]:
+    """Room for the cells that run at once, each with a worker that begins to import; `first` is that of the first."""
+    found = []
+    for share in _shares(todo, num_gpus)[: max(1, len(todo))]:
+        found.append(stack.enter_context(contextlib.closing(Slot(share))))
+        if todo:
+            found[-1].worker = (first if len(found) == 1 else None) or Worker(share)
+    return found
 
 
 def run_all(todo: Sequence[Cell], free: list[Slot], progress: Progress) -> dict[Path, str]:

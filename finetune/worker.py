@@ -1,9 +1,9 @@
-"""`python -m finetune.worker`: imports what a job needs once, then runs a job for every folder it reads.
+"""`python -m finetune.worker`: imports what a job needs once, then serves a sweep, line by line, and dies with it.
 
-One JSON line in: {"run": folder, "threads": N, "stays": bool}. Two lines out: the job's process id, and its exit
-status. A job is a fork with a session of its own; one that `stays` runs in this process, which keeps the CUDA context
-(a context does not fork) and the base for the next, and ends after a job that failed, whatever that left behind. All of
-it dies with the sweep.
+{"check": [parts]} asks for `preflight.findings`, one JSON line; null if there are none. {"run": folder, "share": {...},
+"threads": N, "stays": bool} asks for a job: its process id follows, and at its end its exit status. A job is a fork
+with a session of its own; one that `stays` runs in this process, which keeps the CUDA context (a context does not fork)
+and the base for the next, and ends after a job that failed, whatever that left behind.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate.state import AcceleratorState
@@ -23,6 +24,7 @@ from accelerate.state import AcceleratorState
 from finetune import train
 from finetune.launch import die_with_parent
 from finetune.memory import free
+from finetune.preflight import findings
 from finetune.shelf import Shelf
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a job for a checkpoint
@@ -35,11 +37,35 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # 1 becomes the log of a job
     for line in sys.stdin:
         job = json.loads(line)
+        if "check" in job:
+            print(_found(job["check"]), file=answers, flush=True)
+            continue
+        os.environ.update(job["share"])  # the GPU that it sees, before there is a context
         run, threads = Path(job["run"]), job["threads"]
         code = _stay(run, bases, answers, threads=threads) if job["stays"] else _fork(run, answers, threads=threads)
         print(code, file=answers, flush=True)
         if job["stays"] and code != 0:
             return
+
+
+def _found(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The findings of a fork, so that data and the number of GPUs leave nothing behind here."""
+    here, (reader, writer) = os.getpid(), os.pipe()
+    if os.fork() == 0:
+        code = 1
+        try:
+            die_with_parent(here)
+            with os.fdopen(writer, "w") as file:
+                file.write(json.dumps(findings(parts)))
+            code = 0
+        except BaseException:  # the sweep shows its last line
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    return text if os.wait()[1] == 0 else "null"
 
 
 def _fork(run: Path, answers: TextIO, *, threads: int) -> int:

@@ -50,7 +50,7 @@ def test_the_persons_threads_count_where_the_person_shares_the_cores(monkeypatch
 
 def test_a_job_sees_its_share_and_not_the_persons_threads(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    slot = Slot({"OMP_NUM_THREADS": "3"}, forks=False)
+    slot = Slot({"OMP_NUM_THREADS": "3"})
     job = slot.start(tmp_path, {"num_processes": 1}, way="new")
     try:
         found = Path(f"/proc/{job.process.pid}/environ").read_text().split("\0")
@@ -64,7 +64,7 @@ def test_a_worker_that_cannot_begin_says_why(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart is broken')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("finetune.launch._environment", lambda share: {**os.environ})
-    slot = Slot({"OMP_NUM_THREADS": "1"}, forks=True)
+    slot = Slot({"OMP_NUM_THREADS": "1"})
     try:
         run = tmp_path / "run"
         run.mkdir()
