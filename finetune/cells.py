@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import confidential, runs
-from finetune.config import differences, identity, problems
+from finetune.config import differences, problems
 from finetune.schema import Config
 
 _packed = Path(__file__).parent / "conf"  # in a wheel
@@ -138,12 +138,13 @@ def refusals(cell: Cell) -> list[str]:
         return []
     try:
         old = runs.read_config(cell.folder)
-        if identity(old) == identity(cell.config):
-            return []
-    except (ValueError, OSError, TypeError) as error:  # TypeError: YAML holds dates and keys that are no text
+        changed = differences(old, cell.config)
+    except (ValueError, OSError, TypeError, RecursionError) as error:  # YAML holds dates, and itself
         return [f"{cell.folder}/config.yaml cannot be read ({error}); remove the folder"]
-    changed = "; ".join(differences(old, cell.config)) or "order of keys"
-    return [f"{cell.folder} was made by another configuration ({changed}); choose another study=, or remove the folder"]
+    if not changed:
+        return []
+    why = "; ".join(changed)
+    return [f"{cell.folder} was made by another configuration ({why}); choose another study=, or remove the folder"]
 
 
 def _explain(error: Exception) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,16 +60,12 @@ def refuse(config: Mapping[str, Any]) -> None:
         raise ValueError("config.yaml: " + "; ".join(found))
 
 
-def identity(config: Mapping[str, Any]) -> str:
-    """Hash of what makes two runs the same run: the configuration less launch, wandb, study and where the data lie.
-
-    Of a data file its name counts; its content is compared where the data are read.
-    """
-    return hashlib.sha256(json.dumps(_science(config), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, moved: bool = True) -> list[str]:
-    """`key: old -> new` for every key of the identity that differs; `moved` data files are the same."""
+    """`key: old -> new` for every key that makes two runs two: launch, wandb, study and where the data lie do not.
+
+    A key that is null is as one that is not there, which an earlier version did not know. Of a data file its name
+    counts (its content is compared where the data are read), unless it may not be `moved`.
+    """
     before, after = (dict(_leaves(_science(config, moved=moved))) for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]

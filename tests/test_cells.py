@@ -131,6 +131,16 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
         compose(root=tmp_path)
 
 
+def test_a_folder_of_an_earlier_version_without_a_key_that_is_null_is_the_same(tmp_path):
+    [cell] = compose(root=tmp_path)
+    assert cell.config["optim"]["batch_tokens"] is None
+    optim = {key: value for key, value in cell.config["optim"].items() if key != "batch_tokens"}
+    runs.claim(cell.folder, {**cell.config, "optim": optim})
+    runs.release(cell.folder)
+    [same] = compose(root=tmp_path)
+    assert same.folder == cell.folder
+
+
 def test_launch_and_tracking_are_no_part_of_the_identity(tmp_path):
     [cell] = compose(root=tmp_path)
     runs.claim(cell.folder, cell.config)
