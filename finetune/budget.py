@@ -28,9 +28,8 @@ log = logging.getLogger("finetune")
 # noise of their gradients asks for are lost (McCandlish et al. 2018, arXiv:1812.06162).
 MOST_TOKENS = 16384
 FEWEST_STEPS = 100  # of a run: fewer leave no room for a warm-up and a schedule
-FREE_SHARE = (
-    0.8  # of the free memory that may be planned for; the rest is fragments, graphs and what was not thought of
-)
+# Of the free memory that may be planned for; the rest is fragments, graphs and what was not thought of.
+FREE_SHARE = 0.8
 TRAINED_SHARE = 0.05  # parameters that a method adds to a base that stays as it is, at the most
 LOGIT_BYTES = 14  # see finetune.models.head
 
@@ -73,8 +72,11 @@ def planned(job: Job) -> tuple[list[list[int]], int | None]:
     lengths = [len(example.ids) for example in job.train_rows]
     budget = _found(job, lengths) if optim["batch_tokens"] == "auto" else int(optim["batch_tokens"])
     refuse_long_rows(lengths, batch_tokens=budget, ids=[row.id for row in job.split.train])
-    steps = plan_by_tokens(lengths, batch_tokens=budget, **given)
-    refuse_short_steps(steps, batch_tokens=budget, ranks=job.accelerator.num_processes)
+    steps, ranks = plan_by_tokens(lengths, batch_tokens=budget, **given), job.accelerator.num_processes
+    while optim["batch_tokens"] == "auto" and min(map(len, steps)) < ranks and budget < sum(lengths):
+        budget *= 2
+        steps = plan_by_tokens(lengths, batch_tokens=budget, **given)
+    refuse_short_steps(steps, batch_tokens=budget, ranks=ranks)
     return steps, budget
 
 

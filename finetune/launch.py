@@ -27,10 +27,7 @@ _libc = ctypes.CDLL(None)  # loaded here: a fork in the middle of an import must
 
 
 def command(run: Path, launch: Mapping[str, Any]) -> list[str]:
-    """The job's command line: a plain child for one process, torch's launcher for several."""
-    job = ["-m", "finetune.train", str(run.resolve())]
-    if launch["num_processes"] == 1:
-        return [sys.executable, *job]
+    """The command line of a job of several processes."""
     return [sys.executable, "-m", "finetune.ranks", str(launch["num_processes"]), str(run.resolve())]
 
 

@@ -158,7 +158,7 @@ class Loop:
         arguments = {k: v for k, v in self.optim["optimizer"].items() if k != "_target_"}
         groups = self.method.parameter_groups(model, self.lr)
         target = self.optim["optimizer"]["_target_"]
-        if target == "torch.optim.AdamW":
+        if target == "torch.optim.AdamW" and not arguments.keys() & {"foreach", "differentiable"}:
             arguments = {"fused": True, **arguments}
         optimizer: torch.optim.Optimizer = instantiate({"_target_": target, "_partial_": True})(groups, **arguments)
         return optimizer
@@ -242,7 +242,8 @@ class Loop:
         finite = math.isfinite(loss) and (scaled or math.isfinite(norm))
         if finite or scaled:
             optimizer.step()
-        skipped = not finite or bool(optimizer.step_was_skipped)
+        # Where a gradient overflowed a fused optimizer leaves the weights alone by itself, which Accelerate misses.
+        skipped = not (finite and math.isfinite(norm)) or bool(optimizer.step_was_skipped)
         if skipped:
             for weight in weights:
                 if weight.grad is not None:

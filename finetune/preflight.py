@@ -16,7 +16,10 @@ from finetune.methods.build import build
 
 
 def findings(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is `wrong` with {model, method, task, optim, scale}, `num_gpus`, and each task's (as JSON) `data` hash."""
+    """What is `wrong` with {model, method, task, optim, scale}, `num_gpus`, and each task's (as JSON) `data` hash.
+
+    In a fork of a worker: nothing here may touch a GPU but to count them.
+    """
     found: dict[str, None] = {}
     seen: set[str] = set()
     data: dict[str, str] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ TOKENS = 8  # of each row's answer that are looked at
 LOGITS = 512  # positions at once: with 152 k words of float32 0.3 GiB
 # Rounding between two ways to compute the same logits, as a share of the largest: batches, caches and kernels differ.
 ROUNDING = {"no": 1e-4, "fp16": 2**-8, "bf16": 2**-5}
-_SEEDS = itertools.count(1)
 
 
 @dataclass(frozen=True)

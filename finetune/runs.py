@@ -22,7 +22,7 @@ from finetune import claims
 State = Literal["done", "unsupported", "running", "failed", "unfinished"]
 
 MAX_NAME = 99  # bytes; file systems allow 255, and a name must stay readable in a table
-DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw", "launch": "process"}
+DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw"}
 DATA_FILES = ("task.source.path", "task.source.valid_path")
 NAMELESS = ("launch", "wandb", "study", "seed", "data_dir", "experiment", "hydra")
 

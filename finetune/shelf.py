@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.memory import free
+from finetune.memory import forget_peaks, free
 from finetune.models import sources
 from finetune.models.load import Base, load
 from finetune.models.siblings import join_siblings
@@ -53,9 +53,12 @@ class Shelf:
             self.clear()
 
     def clear(self) -> None:
-        """Forget the base, and give its memory back."""
+        """Forget the base, and give its memory back; the run that asks for another never needed it."""
+        held = self.base is not None
         self.base, self.key, self.sums = None, "", []
         free()
+        if held:
+            forget_peaks()
 
 
 def _key(model: Mapping[str, Any], how: Mapping[str, Any]) -> str:

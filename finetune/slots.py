@@ -10,12 +10,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from finetune.launch import Job, command, has_gpu, kill_session, started
+from finetune.launch import KILL_SECONDS, Job, command, has_gpu, kill_session, started
+
+Way = Literal["new", "fork", "stay"]  # how a cell gets its process
 
 
-def way(launch: Mapping[str, Any], *, several: bool, deterministic: bool = False) -> str:
+def process_of(launch: Mapping[str, Any], *, several: bool, deterministic: bool = False) -> Way:
     """How a cell gets its process: a "new" one, a "fork" of one with the imports, or to "stay" in the one before.
 
     `several` cells share a device. Determinism is decided before a CUDA context is made.
@@ -33,14 +35,13 @@ class Slot:
         self.worker = worker
         self.base: str | None = None  # that its process keeps
 
-    def start(self, run: Path, launch: Mapping[str, Any], *, way: str) -> Job:
+    def start(self, run: Path, launch: Mapping[str, Any], *, way: Way) -> Job:
         """Start the job of a claimed folder."""
         if launch["num_processes"] == 1:
-            over = self.worker and (self.worker.process.poll() is not None or (way == "new" and self.worker.used))
-            if self.worker is None or over:
+            if self.worker is None or self.worker.over(way):
                 self.close()
                 self.worker = Worker(self.share)
-            self.worker.start(run, self.share, way=way)
+            self.worker.start(run, way=way)
             return Job(run, self.worker)
         if self.worker and self.worker.stays:  # it holds memory of the device
             self.close()
@@ -65,24 +66,32 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.process = started(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
         self.answers: list[int] = []
-        self.used = self.stays = self.once = False  # does the job run in the worker itself, and is it the only one?
+        self.used = self.ended = False  # did it begin a job, and was it killed? It may not be gone yet
+        self.stays = self.once = False  # does the job run in the worker itself, and is it the only one?
 
     def check(self, parts: Sequence[Mapping[str, Any]]) -> Any:
         """`preflight.findings`; None if there are none, see `last_words`."""
         self._ask({"check": parts})
         assert self.process.stdout
         line = self.process.stdout.readline()
-        return json.loads(line) if line else None
+        return json.loads(line) if line.endswith(b"\n") else None
 
-    def start(self, run: Path, share: Mapping[str, str], *, way: str) -> None:
+    def over(self, way: Way) -> bool:
+        """Can it take no further job of that kind?"""
+        busy = self.used and len(self.answers) < 2  # with a job that could not be killed
+        return self.ended or busy or self.process.poll() is not None or (way == "new" and self.used)
+
+    def start(self, run: Path, *, way: Way) -> None:
         """Ask for a job; its process id follows when the worker is ready."""
         self.answers, self.used, self.stays, self.once = [], True, way != "fork", way == "new"
-        self._ask({"run": str(run.resolve()), "share": dict(share), "threads": self.threads, "stays": self.stays})
+        self._ask({"run": str(run.resolve()), "threads": self.threads, "stays": self.stays})
 
     def _ask(self, what: Mapping[str, Any]) -> None:
         assert self.process.stdin
+        left = memoryview(json.dumps(what).encode() + b"\n")
         with contextlib.suppress(BrokenPipeError):  # a dead worker is seen by `poll`
-            self.process.stdin.write(json.dumps(what).encode() + b"\n")
+            while left:
+                left = left[self.process.stdin.write(left) :]
 
     @property
     def pid(self) -> int:
@@ -106,7 +115,7 @@ class Worker:
     @property
     def lives_on(self) -> bool:
         """Does the process of the job that ended wait for the next?"""
-        return self.stays and self.process.poll() is None
+        return self.stays and not self.ended and self.process.poll() is None
 
     def close(self) -> None:
         """End it, and its job with it."""
@@ -114,9 +123,11 @@ class Worker:
         self.said.close()
 
     def _kill(self) -> None:
+        self.ended = True
         if self.process.poll() is None:
             kill_session(self.process.pid)
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # in a system call of a dead device
+                self.process.wait(KILL_SECONDS)
 
     def last_words(self) -> str:
         """The last line that a worker wrote which died before it began the job."""

@@ -19,7 +19,7 @@ from finetune.config import unsupported
 from finetune.interrupts import Ended, held
 from finetune.launch import Job, end, shares, stop
 from finetune.progress import Progress
-from finetune.slots import Slot, Worker, way
+from finetune.slots import Slot, Worker, process_of
 
 LOOK_SECONDS = 0.2  # between two looks at the jobs
 ELSEWHERE_SECONDS = 2.0  # between two looks at the cells of other sweeps
@@ -33,7 +33,11 @@ def slots(
     for share in _shares(todo, num_gpus)[: max(1, len(todo))]:
         found.append(stack.enter_context(contextlib.closing(Slot(share))))
         if todo:
-            found[-1].worker = (first if len(found) == 1 else None) or Worker(share)
+            # `first` was started on the whole machine, whose GPUs its driver has counted: with one it is the same.
+            fits = len(found) == 1 and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in share
+            found[-1].worker = (first if fits else None) or Worker(share)
+    if first and found[0].worker is not first:
+        first.close()
     return found
 
 
@@ -58,7 +62,8 @@ class Sweep:
     def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress) -> None:
         self.free, self.progress = free, progress
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
-        self.several = len(todo) > len(free)  # do cells follow one another on a device?
+        left = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
+        self.several = len(left) > len(free)  # do cells follow one another on a device?
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
         self.outcomes: dict[Path, str] = {}
@@ -148,6 +153,8 @@ class Sweep:
         outcome = runs.ended(cell.folder)  # before another sweep can take it
         runs.release(cell.folder)
         self._end(cell, "failed" if outcome == "unfinished" else outcome)  # a full disk takes no failure.json
+        if not (self.waiting or self.elsewhere):
+            slot.close()  # what it keeps is memory that those still at work may want
 
     def _lose(self, folder: Path) -> None:
         """We were away for so long that another sweep took the cell: ours must not write any more."""
@@ -175,7 +182,7 @@ def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     reason = unsupported(cell.config)
     if not reason:
         launch = cell.config["launch"]
-        how = way(launch, several=several, deterministic=cell.config["deterministic"])
+        how = process_of(launch, several=several, deterministic=cell.config["deterministic"])
         slot.base = _base(cell) if how == "stay" else None
         return slot.start(cell.folder, launch, way=how)
     runs.write_json(cell.folder / "unsupported.json", {"reason": reason})

@@ -51,6 +51,7 @@ class Tracker:
             name="/".join([*names, f"seed{config['seed']}"]),
             tags=names,
             config={**config},
+            reinit="finish_previous",  # of a cell that lost its tracker in this process
             settings=wandb.Settings(
                 init_timeout=5, x_disable_meta=True, save_code=False, console="off", silent=True, disable_git=True
             ),

@@ -1,9 +1,9 @@
 """`python -m finetune.worker`: imports what a job needs once, then serves a sweep, line by line, and dies with it.
 
-{"check": [parts]} asks for `preflight.findings`, one JSON line; null if there are none. {"run": folder, "share": {...},
-"threads": N, "stays": bool} asks for a job: its process id follows, and at its end its exit status. A job is a fork
-with a session of its own; one that `stays` runs in this process, which keeps the CUDA context (a context does not fork)
-and the base for the next, and ends after a job that failed, whatever that left behind.
+{"check": [parts]} asks for `preflight.findings`, one JSON line; null if there are none. {"run": folder, "threads": N,
+"stays": bool} asks for a job: its process id follows, and at its end its exit status. A job is a fork with a session of
+its own; one that `stays` runs in this process, which keeps the CUDA context (a context does not fork) and the base for
+the next, and ends after a job that failed, whatever that left behind.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from accelerate.state import AcceleratorState
 
 from finetune import train
 from finetune.launch import die_with_parent
-from finetune.memory import free
+from finetune.memory import forget_peaks, free
 from finetune.preflight import findings
 from finetune.shelf import Shelf
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a job for a checkpoint
-PEAK = Path("/proc/self/clear_refs")  # "5" forgets the most memory that was in use (man 5 proc)
 
 
 def main() -> None:
     """Serve until the input ends."""
     bases = Shelf()
-    answers = os.fdopen(os.dup(1), "w")  # 1 becomes the log of a job
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
         job = json.loads(line)
         if "check" in job:
             print(_found(job["check"]), file=answers, flush=True)
             continue
-        os.environ.update(job["share"])  # the GPU that it sees, before there is a context
         run, threads = Path(job["run"]), job["threads"]
         code = _stay(run, bases, answers, threads=threads) if job["stays"] else _fork(run, answers, threads=threads)
         print(code, file=answers, flush=True)
@@ -74,7 +73,13 @@ def _fork(run: Path, answers: TextIO, *, threads: int) -> int:
     if pid == 0:
         die_with_parent(here)
         become(run, threads=threads)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}  # the job would die with us
+
+    def tell(number: int, _: object) -> None:
+        """Whoever asks may not know the job's id yet; we stay, or the job would die with us."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    before = {number: signal.signal(number, tell) for number in SIGNALS}
     print(pid, file=answers, flush=True)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     for number, handler in before.items():
@@ -97,8 +102,8 @@ def _stay(run: Path, bases: Shelf, answers: TextIO, *, threads: int) -> int:
     """The exit status of a job in this process, which is afterwards as it was."""
     print(os.getpid(), file=answers, flush=True)
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
-    _forget_peaks()
     with _log_of(run):
+        forget_peaks()
         code = _status(run, bases, threads=threads)
         bases.check()
     free()
@@ -136,14 +141,6 @@ def _log_of(run: Path) -> Iterator[None]:
         for number, old in enumerate(before):
             os.dup2(old, number)
             os.close(old)
-
-
-def _forget_peaks() -> None:
-    """The most memory in use is counted anew: for this run."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # not Linux
-        PEAK.write_text("5")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """How a machine is shared among the cells that run at once."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from finetune.cells import Cell
 from finetune.launch import end, shares
-from finetune.slots import Slot
+from finetune.slots import Slot, Worker, process_of
+from finetune.sweep import slots
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,3 +111,60 @@ def test_cells_share_the_gpus(monkeypatch, launch, visible, found):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares(launch, num_gpus=4, miniature=True)] == found
+
+
+AUTO = {"num_processes": 1, "worker": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpu", "several", "deterministic", "found"),
+    [
+        (AUTO, True, True, False, "stay"),
+        (AUTO, True, False, False, "new"),
+        (AUTO, True, True, True, "new"),
+        (AUTO, False, True, False, "fork"),
+        (AUTO | {"worker": "never"}, True, True, False, "new"),
+        (AUTO | {"worker": "never"}, False, True, False, "fork"),
+        (AUTO | {"worker": "always"}, False, False, False, "stay"),
+    ],
+    ids=["cells-of-a-gpu", "one-cell", "deterministic", "cpu", "process", "process-on-a-cpu", "worker-on-a-cpu"],
+)
+def test_how_a_cell_gets_its_process(monkeypatch, launch, gpu, several, deterministic, found):
+    monkeypatch.setattr("finetune.slots.has_gpu", lambda: gpu)
+    assert process_of(launch, several=several, deterministic=deterministic) == found
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """One that takes jobs and never begins them."""
+    found = Worker.__new__(Worker)
+    found.said = tempfile.TemporaryFile()  # noqa: SIM115
+    found.process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    found.threads, found.answers, found.used, found.ended, found.stays, found.once = 1, [], False, False, False, False
+    yield found
+    found.close()
+
+
+def test_a_worker_takes_the_jobs_that_it_can(worker, tmp_path):
+    assert not worker.over("new")
+    worker.start(tmp_path, way="stay")
+    assert worker.over("stay")  # its job has not ended
+    worker.answers = [1, 0]
+    assert not worker.over("stay")
+    assert worker.over("new")
+    worker.close()
+    assert worker.over("stay")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "jobs", "kept"), [(1, None, True), (2, None, False), (0, 1, False)], ids=["one", "two", "none"]
+)
+def test_the_first_worker_serves_the_share_that_it_sees(monkeypatch, worker, num_gpus, jobs, kept):
+    made = []
+    monkeypatch.setattr("finetune.sweep.Worker", lambda share: made.append(share) or worker)
+    launch = ONE | {"jobs": jobs}
+    cell = Cell({"launch": launch, "model": {"path": "somewhere"}, "scale": "tiny"}, Path("a/b/c/d/e"))
+    with contextlib.ExitStack() as stack:
+        room = slots([cell], num_gpus, stack, first=worker)
+        assert len(room) == 1
+        assert (made == []) == kept

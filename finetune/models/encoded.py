@@ -65,7 +65,9 @@ def _tokenizer_hash(tokenizer: Any) -> str | None:
         return None
     added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
     names = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map, added]
-    return hashlib.sha256(file.read_bytes() + json.dumps(names, default=str).encode()).hexdigest()
+    settings = file.with_name("tokenizer_config.json")  # add_bos_token and others change what the file says
+    stored = file.read_bytes() + (settings.read_bytes() if settings.is_file() else b"")
+    return hashlib.sha256(stored + json.dumps(names, default=str).encode()).hexdigest()
 
 
 @cache

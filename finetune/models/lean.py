@@ -81,7 +81,9 @@ def _groups(model: Any) -> list[list[Any]]:
     found = []
     for parent in list(model.modules()):
         children = {name: child for name, child in parent.named_children() if _plain(child)}
-        groups = [group for group in siblings(children) if len(set(map(_kind, group))) == 1 and _identity(group[0])]
+        # Part of a group would be copied: the weights of all lie together.
+        whole = [group for group in siblings(dict(parent.named_children())) if all(map(_plain, group))]
+        groups = [group for group in whole if len(set(map(_kind, group))) == 1 and _identity(group[0])]
         together = [layer for group in groups for layer in group]
         found += [*groups, *([layer] for layer in children.values() if layer not in together)]
     return found

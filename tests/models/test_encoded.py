@@ -107,3 +107,14 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path, folder, monkeypatch)
     assert newest.exists()
     assert not middle.exists()
     assert len(files(folder)) == 3
+
+
+def test_the_tokenizers_settings_have_a_part_in_it(tmp_path, folder):
+    asked = rows()
+    encoded.encoded_rows(asked, loaded("plain", tmp_path / "base"), **LIMITS)
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("{", '{"add_bos_token": true, ', 1))
+    again = loaded("plain", tmp_path / "other")
+    again.name_or_path = str(tmp_path / "base")
+    encoded.encoded_rows(asked, again, **LIMITS)
+    assert len(files(folder)) == 2

@@ -3,7 +3,10 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_base
+from peft import LoraConfig
 
+from finetune.methods.peft import Peft
+from finetune.models.lean import lean
 from finetune.models.siblings import join_siblings, joined, siblings
 
 
@@ -52,3 +55,13 @@ def test_neighbours_in_the_wrong_order_are_no_matrix():
     memory = torch.arange(24.0).view(6, 4)
     weights = [torch.nn.Parameter(memory[4:]), torch.nn.Parameter(memory[:4])]
     assert torch.equal(joined(weights), torch.cat([memory[4:], memory[:4]]))
+
+
+def test_where_only_some_siblings_are_tuned_none_is_moved():
+    base = tiny_base("qwen2")
+    join_siblings(base)
+    method = Peft(LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]))
+    model = method.attach(base, tokenizer=None, num_steps=1, train_rows=())
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with lean(model):
+        assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
