@@ -20,7 +20,7 @@ from finetune.confidential import hide
 from finetune.launch import has_gpu
 from finetune.progress import Progress, summary
 from finetune.slots import Worker
-from finetune.sweep import run_all, slots
+from finetune.sweep import failures, run_all, slots
 
 ROOT = Path("multirun")
 FINAL = ("done", "unsupported")
@@ -47,6 +47,7 @@ def main() -> None:
 
 def sweep(todo: list[Cell]) -> int:
     """Run every cell that is not done; the exit status."""
+    before = failures(todo)
     open_cells = [cell for cell in todo if runs.state(cell.folder) not in FINAL]
     with contextlib.ExitStack() as stack:
         room = slots(open_cells, 0, stack) if not (open_cells and has_gpu()) else []
@@ -56,7 +57,7 @@ def sweep(todo: list[Cell]) -> int:
             num_gpus = _preflight(open_cells, todo, first)
             room = room or slots(open_cells, num_gpus, stack, first=first)
         progress = stack.enter_context(Progress(num_cells=len(todo)))
-        outcomes = run_all(todo, room, progress)
+        outcomes = run_all(todo, room, progress, before)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
     return 0 if all(outcome in FINAL for outcome in outcomes.values()) else 1
 

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune import claims, runs
@@ -23,6 +23,8 @@ from finetune.slots import Slot, Worker, process_of
 
 LOOK_SECONDS = 0.2  # between two looks at the jobs
 ELSEWHERE_SECONDS = 2.0  # between two looks at the cells of other sweeps
+
+Failures = Mapping[Path, tuple[int, int] | None]  # what tells each folder's failure.json from another
 
 
 def slots(
@@ -41,9 +43,14 @@ def slots(
     return found
 
 
-def run_all(todo: Sequence[Cell], free: list[Slot], progress: Progress) -> dict[Path, str]:
+def failures(todo: Sequence[Cell]) -> Failures:
+    """Those that are there before a command does anything: they are tried again, unlike those of a sweep beside it."""
+    return {cell.folder: _failure(cell.folder) for cell in todo}
+
+
+def run_all(todo: Sequence[Cell], free: list[Slot], progress: Progress, before: Failures) -> dict[Path, str]:
     """Bring every cell to an end, as many at once as there are slots; how each ended, by folder. Raises `Ended`."""
-    sweep = Sweep(todo, free, progress)
+    sweep = Sweep(todo, free, progress, before)
     with held() as asked:
         try:
             while sweep.goes_on():
@@ -59,7 +66,7 @@ def run_all(todo: Sequence[Cell], free: list[Slot], progress: Progress) -> dict[
 class Sweep:
     """Where the cells of a command stand."""
 
-    def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress) -> None:
+    def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress, before: Failures) -> None:
         self.free, self.progress = free, progress
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
         left = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
@@ -67,7 +74,7 @@ class Sweep:
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
         self.outcomes: dict[Path, str] = {}
-        self.failures = {cell.folder: _failure(cell.folder) for cell in todo}  # those that were there before
+        self.failures = before
         self.seen: claims.Seen = {}
         self.told: set[Path] = set()
         self.next_beat = self.next_look = 0.0
