@@ -69,7 +69,7 @@ def _generate(network: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _places(network: Any, ids: Tensor) -> Tensor:
-    return greedy(network, ids, torch.ones_like(ids), NEW, end_ids=[-1], pad_id=0)
+    return greedy(network, ids, torch.ones_like(ids), NEW, end_ids=[-1], pad_id=0, replayed=ids.is_cuda)
 
 
 def _now() -> float:

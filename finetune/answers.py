@@ -44,7 +44,7 @@ def decoding(job: Job) -> evaluate.Decoding:
         pad_id=job.base.tokenizer.pad_token_id,
         padding_side=options["padding_side"],
         in_places=job.feeder.packed,
-        replayed="decode" in job.method.replayable and job.config["method"]["quantize"] is None,
+        replayed="decode" in job.method.replayable,
     )
 
 

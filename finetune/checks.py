@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.evaluate import Answer
 from finetune.methods.method import Finding
-from finetune.probe import Probe, Said, State, Subject, checksum, measure, reached, rounding, say, say_together, steps
+from finetune.probe import Probe, Said, State, Subject, answer, checksum, measure, reached, rounding, say, steps
 
 log = logging.getLogger("finetune")
 
@@ -104,22 +104,19 @@ def loss(start: Tensor, control: Tensor, end: Tensor) -> Finding:
 
 
 def cache(probe: Probe, subject: Subject, said: Said) -> Finding:
-    """The KV cache changes no logits, and the batch no text; near ties may fall either way."""
-    scale, apart = float(said.forced.abs().max()), _apart(said.cached, said.forced)
-    close = rounding(probe, subject.model) * scale
-    differing = _differing(said.alone, said.together, said.forced, close=close)
-    note = f"with and without the cache logits differ by {apart:.2g} (rounding: {close:.1g}); "
-    note += f"{differing} of {len(said.alone)} answers depend on the batch"
-    return Finding(apart <= close and not differing, note)
+    """Neither the KV cache nor the other rows of a batch change a row's logits."""
+    close, apart = rounding(probe, subject.model) * float(said.forced.abs().max()), _apart(said.cached, said.forced)
+    note = f"in a batch with the cache, and by itself without, a row's logits differ by {apart:.2g} "
+    return Finding(apart <= close, f"{note}(rounding: {close:.1g})")
 
 
 def reloaded(probe: Probe, subject: Subject, end: State, ours: Said, again: Subject) -> Finding:
-    """What was saved, put onto a fresh base, answers the same; in one batch, which takes an eighth of the time."""
-    found, theirs = measure(probe, again.model), say_together(probe, again)
+    """What was saved, put onto a fresh base, answers the same; near ties may fall either way."""
+    found, theirs = measure(probe, again.model), [said for said, _ in answer(probe, again)]
     close = rounding(probe, subject.model) * float(end.logits.abs().max())
-    apart, differing = _apart(found.logits, end.logits), _differing(ours.alone, theirs, ours.forced, close=close)
+    apart, differing = _apart(found.logits, end.logits), _differing(ours.answers, theirs, ours.forced, close=close)
     note = f"read back, logits differ by {apart:.2g} (rounding: {close:.1g}), "
-    note += f"{differing} of {len(ours.alone)} answers differ"
+    note += f"{differing} of {len(theirs)} answers differ"
     return Finding(apart <= close and not differing, note)
 
 

@@ -7,7 +7,7 @@ therefore filled up to a few sizes known from the plan, and what runs on each is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,19 +104,21 @@ def way(asked: str, *, num_packs: int, num_buckets: int, num_layers: int) -> str
 
 
 @contextlib.contextmanager
-def compiled(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, the layers are compiled."""
+def compiled(layers: nn.ModuleList, embeddings: nn.Module) -> Iterator[None]:
+    """Within, the layers are compiled, all as one: the first would be another kind if its input had no gradient."""
+    hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for layer in layers:
         layer.compile()
     try:
-        with recomputable():
+        with _recomputable():
             yield
     finally:
+        hook.remove()
         for layer in layers:
             layer._compiled_call_impl = None
 
 
-def recomputable() -> contextlib.AbstractContextManager[None]:
+def _recomputable() -> contextlib.AbstractContextManager[None]:
     """Within, a compiled layer may keep an output for the next module in an object, and yet be recomputed backward."""
     import torch._dynamo  # takes seconds
 

@@ -289,7 +289,8 @@ class Loop:
         began = time.perf_counter()
         graphs = Graphs(shapes, way=how, loss=loss, weights=weights, device=device)
         try:
-            with packing(base), compiled(layers) if how == "compiled" else contextlib.nullcontext():
+            faster = compiled(layers, base.get_input_embeddings()) if how == "compiled" else contextlib.nullcontext()
+            with packing(base), faster:
                 graphs.capture()
         except RuntimeError as error:  # nothing of CUDA can be relied on after a capture that was cut off
             raise RuntimeError(

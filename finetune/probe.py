@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,10 +69,9 @@ class State:
 class Said:
     """Greedy answers of at most eight tokens."""
 
-    alone: list[Answer]  # each row in a batch of its own
-    together: list[Answer]  # all rows in one batch
-    cached: Tensor  # (positions, vocabulary) logits that chose each token of `alone`, from the KV cache
-    forced: Tensor  # (positions, vocabulary) logits at the same places, from one forward pass without a cache
+    answers: list[Answer]
+    cached: Tensor  # (positions, vocabulary) logits that chose their tokens: all rows in one batch, with the KV cache
+    forced: Tensor  # (positions, vocabulary) logits at the same places: each row by itself, without a cache
 
 
 def measure(probe: Probe, model: Any) -> State:
@@ -88,28 +87,34 @@ def measure(probe: Probe, model: Any) -> State:
 
 def say(probe: Probe, subject: Subject) -> Said:
     """The subject's answers, and the logits behind them."""
-    prompts, many = _prompts(probe), say_together(probe, subject)
+    found = answer(probe, subject)
+    parts = [
+        Part([*row.ids[: row.num_prompt], *one.ids[: len(logits) - 1]], row.num_prompt)
+        for row, (one, logits) in zip(probe.rows, found, strict=True)
+    ]
     with _at_rest(probe, subject.model):
-        alone = dict(_answers(probe, subject, prompts, batch_rows=1))
-        cached, parts = [], []
-        for number, prompt in enumerate(prompts):
-            answer, logits = alone[number]
-            cached.append(logits)
-            parts.append(Part([*prompt, *answer.ids[: len(logits) - 1]], len(prompt)))
         forced = _logits(probe, subject.model, parts)
-    return Said([alone[n][0] for n in range(len(prompts))], many, torch.cat(cached), forced)
+    return Said([one for one, _ in found], torch.cat([logits for _, logits in found]), forced)
 
 
-def say_together(probe: Probe, subject: Subject) -> list[Answer]:
-    """The subject's answers in one batch."""
-    prompts = _prompts(probe)
+def answer(probe: Probe, subject: Subject) -> list[tuple[Answer, Tensor]]:
+    """To every row, all in one batch; with the logits (tokens, vocabulary) that chose its tokens."""
+    prompts = [row.ids[: row.num_prompt] for row in probe.rows]
+    few = replace(probe.decoding, max_new_tokens=TOKENS, batch_rows=len(prompts), in_places=False)
+    seen: list[Tensor] = []
+
+    def record(head: Any, inputs: Any, output: Tensor) -> None:
+        seen.append(output[:, -1].float().cpu())
+
     with _at_rest(probe, subject.model):
-        found = dict(_answers(probe, subject, prompts, batch_rows=len(prompts)))
-    return [found[n][0] for n in range(len(prompts))]
-
-
-def _prompts(probe: Probe) -> list[Sequence[int]]:
-    return [row.ids[: row.num_prompt] for row in probe.rows]
+        handle = subject.model.get_output_embeddings().register_forward_hook(record)
+        try:
+            [batch] = predict(subject.model, prompts, few)
+        finally:
+            handle.remove()
+    logits = torch.stack(seen, dim=1)  # (rows, tokens, vocabulary)
+    found = {one.number: (one, chosen[: steps(one)]) for one, chosen in zip(batch, logits, strict=True)}
+    return [found[number] for number in range(len(prompts))]
 
 
 def reached(probe: Probe, model: Any) -> set[int]:
@@ -130,9 +135,9 @@ def checksum(weight: Tensor) -> int:
     return int(weight.detach().contiguous().view(whole).sum(dtype=torch.int64))
 
 
-def steps(answer: Answer) -> int:
+def steps(said: Answer) -> int:
     """Tokens that were chosen, the end token included."""
-    return len(answer.ids) + (answer.finish_reason == "stop")
+    return len(said.ids) + (said.finish_reason == "stop")
 
 
 def rounding(probe: Probe, model: Any) -> float:
@@ -208,23 +213,3 @@ def _loss(probe: Probe, model: Any, row: Example) -> Tensor:
     """Mean cross-entropy of one row, nats per token."""
     batch = pad([row], pad_id=probe.decoding.pad_id, loss_on=probe.loss_on).to(probe.accelerator.device)
     return summed_loss(model, batch) / len(batch.labels)
-
-
-def _answers(
-    probe: Probe, subject: Subject, prompts: Sequence[Sequence[int]], *, batch_rows: int
-) -> Iterator[tuple[int, tuple[Answer, Tensor]]]:
-    """(number, (answer, logits of the last of its batch's rows that chose its tokens))."""
-    few = Decoding(**{**vars(probe.decoding), "max_new_tokens": TOKENS, "batch_rows": batch_rows, "in_places": False})
-    seen: list[Tensor] = []
-
-    def record(head: Any, inputs: Any, output: Tensor) -> None:
-        seen.append(output[-1:, -1].float().cpu())
-
-    handle = subject.model.get_output_embeddings().register_forward_hook(record)
-    try:
-        for batch in predict(subject.model, prompts, few):
-            logits = torch.cat(seen)
-            seen.clear()
-            yield from ((answer.number, (answer, logits[: steps(answer)])) for answer in batch)
-    finally:
-        handle.remove()

@@ -273,7 +273,7 @@ base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 examples = [SimpleNamespace(**row) for row in json.load(sys.stdin)]
 method = Peft(lora())
 said = say(probe_of(examples), Subject(method, method.load(base, sys.argv[2]), base))
-print(json.dumps([answer.ids for answer in said.alone]))
+print(json.dumps([answer.ids for answer in said.answers]))
 """
 
 
@@ -282,7 +282,7 @@ def test_a_fresh_process_reads_back_the_same_answers(examples, tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = method.attach(base, tokenizer=None, num_steps=1, train_rows=())
     method.save(model, tmp_path / "adapter")
-    ours = [answer.ids for answer in say(probe_of(examples), Subject(method, model, base)).alone]
+    ours = [answer.ids for answer in say(probe_of(examples), Subject(method, model, base)).answers]
     script = READ.format(path=[str(Path(__file__).parent)])
     job = [sys.executable, "-c", script, str(tmp_path / "base"), str(tmp_path / "adapter")]
     given = json.dumps([vars(example) for example in examples])
@@ -294,8 +294,8 @@ def test_a_fresh_process_reads_back_the_same_answers(examples, tmp_path):
 def test_near_ties_are_no_difference(examples):
     probe, base = probe_of(examples), tiny_base("qwen2")
     subject = Subject(Untouched(), base, base)
-    said = say(probe, subject)
-    other = [replace(answer, ids=[5, *answer.ids[1:]]) for answer in said.together]
-    tied = replace(said, together=other, forced=said.forced * 0, cached=said.cached * 0)
-    assert checks.cache(probe, subject, tied).ok
-    assert not checks.cache(probe, subject, replace(said, together=other)).ok
+    end, said = checks.measure(probe, base), say(probe, subject)
+    other = replace(said, answers=[replace(answer, ids=[5, *answer.ids[1:]]) for answer in said.answers])
+    tied = replace(other, forced=said.forced * 0)
+    assert checks.reloaded(probe, subject, end, tied, subject).ok
+    assert not checks.reloaded(probe, subject, end, other, subject).ok

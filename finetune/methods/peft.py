@@ -100,7 +100,8 @@ class Peft(Method):
             return wrapper
         self.wrapper, base = wrapper, wrapper.get_base_model()
         base.prompt_encoder = wrapper.prompt_encoder["default"]
-        virtual_tokens.insert(base, embeddings=lambda: _embeddings(wrapper))
+        num_tokens = self.config.num_virtual_tokens  # type: ignore[attr-defined]
+        virtual_tokens.insert(base, embeddings=lambda: _embeddings(wrapper), num_tokens=num_tokens)
         return base
 
 
@@ -108,7 +109,7 @@ def _replayable(config: PeftConfig) -> Collection[str]:
     """LoRA without additions, DoRA's steps, and virtual tokens."""
     names = ("kasa_config", "monteclora_config", "velora_config", "use_bdlora", "alora_invocation_tokens")
     if config.peft_type in EMBEDDED:
-        return ("graph", "compiled")
+        return ("graph", "compiled", "decode")
     if config.peft_type is not PeftType.LORA or any(getattr(config, name, None) for name in names):
         return ()
     return ("graph",) if config.use_dora else ("graph", "compiled", "decode")  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ import torch
 from peft import PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from finetune.data.rows import Row
 from finetune.methods.blocks import attention, blocks
@@ -38,26 +37,17 @@ class States(nn.Module):
         self.register_buffer("start", None)  # what a text's projection is added to
         self.register_buffer("frozen", None)  # (frozen tokens, layers * 2 * width): stand first
 
-    def flat(self, columns: slice = slice(None)) -> Tensor:
-        """(tokens, columns) of the keys and values, the layers side by side."""
-        found = self.embedding.weight
-        if self.transform is None:
-            found = found[:, columns]
-        else:
-            *first, last = self.transform
-            assert isinstance(last, nn.Linear)
-            hidden = nn.Sequential(*first)(found)
-            found = linear(hidden, last.weight[columns], last.bias[columns])
+    def flat(self) -> Tensor:
+        """(tokens, layers * 2 * width): keys and values, the layers side by side."""
+        found = self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
         if self.start is not None:
-            found = found + self.start[:, columns]
-        return found if self.frozen is None else torch.cat([self.frozen[:, columns], found])
+            found = found + self.start
+        return found if self.frozen is None else torch.cat([self.frozen, found])
 
-    def forward(self, layer: int) -> Tensor:
-        """Keys and values of one layer: (2, key heads, tokens, size)."""
-        first = 2 * self.width * layer
+    def forward(self) -> Tensor:
+        """Keys and values of all layers: (layers, 2, key heads, tokens, size)."""
         with torch.autocast(self.embedding.weight.device.type, enabled=False):  # as it will be saved: in float32
-            found = self.flat(slice(first, first + 2 * self.width))
-        return found.unflatten(1, (2, *self.shape[2:])).permute(1, 2, 0, 3)
+            return self.flat().unflatten(1, (self.shape[1], 2, *self.shape[2:])).permute(1, 2, 3, 0, 4)
 
     @torch.no_grad()
     def set(self, flat: Tensor) -> None:
@@ -79,7 +69,7 @@ class Prefix(Method):
     where activations are recomputed.
     """
 
-    replayable = ("graph", "compiled")
+    replayable = ("graph", "compiled", "decode")
 
     def __init__(
         self,
@@ -114,7 +104,8 @@ class Prefix(Method):
 
     def prefix_kv(self, model: Any) -> Tensor:
         """(layers, 2, key heads, virtual tokens, size): what the cache of every row begins with."""
-        return torch.stack([model.prefix(layer) for layer in range(model.prefix.shape[1])])
+        found: Tensor = model.prefix()
+        return found
 
     def save(self, model: Any, folder: Path) -> None:
         """The keys and values themselves, as PEFT saves a prefix: without the projection that made them."""

@@ -2,7 +2,8 @@
 
 Who calls the base never sees them: masks, positions and row boundaries are given, and logits returned, without them.
 With a KV cache they are its first entries. Without one (training, also with recomputed activations) every attention
-receives, in the cache's place, an object whose `update` puts them before the keys and values of the forward pass.
+receives, in the cache's place, an object whose `update` puts them before the keys and values of the forward pass. It
+finds that object in itself: a compiled layer that chose by its own number would be compiled again for every layer.
 """
 
 from __future__ import annotations
@@ -20,32 +21,33 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from finetune.models.attention import causal
 
-States = Callable[[int], Tensor]  # layer -> (2, key heads, tokens, size): keys as they are cached, and values
+States = Callable[[], Tensor]  # () -> (layers, 2, key heads, tokens, size): keys as they are cached, and values
+
+ORDER = "prefix_order"  # of a pack: what reaches every attention beside the pack's bounds
 
 
 def insert(model: Any, attentions: Sequence[nn.Module], *, states: States, num_tokens: int) -> None:
     """Put `num_tokens` virtual tokens before every row; `attentions` are those of the model's blocks, first to last.
 
-    `states` is asked in every layer of every pass, so that a recomputed layer has gradients of its own.
+    `states` is asked once a pass.
     """
-    layers = range(len(attentions))
 
     def enter(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         cache = kwargs["past_key_values"] = _cache(base, kwargs)
-        if cache is not None and not cache.get_seq_length():
-            _fill(cache, [states(layer) for layer in layers], num_rows=len(ids), dtype=base.dtype)
+        if cache is None:
+            for module, both in zip(attentions, states(), strict=True):
+                module.before = both
+        elif not cache.get_seq_length():
+            _fill(cache, states(), num_rows=len(ids), dtype=base.dtype)
         return args, kwargs | _shifted(base, kwargs, ids=ids, num_tokens=num_tokens)
 
     def attend(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name = "layer_past" if "layer_past" in kwargs else "past_key_values"
         if kwargs.get(name) is None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            kwargs |= _around(kwargs, hidden=hidden, num_tokens=num_tokens)
-            bounds, found = kwargs.get("cu_seq_lens_q"), None
-            if bounds is not None:
-                found, _ = order(bounds, num_real=hidden.shape[1], num_tokens=num_tokens)
-            kwargs[name] = _Before(states(module.layer_idx), found)
+            if "cu_seq_lens_q" not in kwargs:
+                kwargs |= _around(kwargs, hidden=args[0] if args else kwargs["hidden_states"], num_tokens=num_tokens)
+            kwargs[name] = _Before(module.before, kwargs.pop(ORDER, None))
         return args, kwargs
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
@@ -83,15 +85,15 @@ def _cache(base: Any, kwargs: dict[str, Any]) -> Any:
     return kwargs.get("past_key_values")
 
 
-def _fill(cache: Any, states: Sequence[Tensor], *, num_rows: int, dtype: torch.dtype) -> None:
-    """Make the prefix the first entries of every row's cache."""
+def _fill(cache: Any, states: Tensor, *, num_rows: int, dtype: torch.dtype) -> None:
+    """Make the prefix (layers, 2, key heads, tokens, size) the first entries of every row's cache."""
     for layer, both in enumerate(states):
         key, value = both.to(dtype)[:, None].expand(-1, num_rows, -1, -1, -1)
         cache.update(key, value, layer)
 
 
 def _shifted(base: Any, kwargs: dict[str, Any], *, ids: Tensor, num_tokens: int) -> dict[str, Any]:
-    """Positions behind the prefix, and with a cache a mask that covers it; without one every attention widens its own.
+    """Positions and a pack's bounds with the prefix; with a cache the mask, which else every attention widens itself.
 
     A base without position ids (BLOOM) takes them from its mask, or from the length of its cache.
     """
@@ -101,16 +103,17 @@ def _shifted(base: Any, kwargs: dict[str, Any], *, ids: Tensor, num_tokens: int)
         found["attention_mask"] = pad(mask, (num_tokens, 0), value=1)
     if positions is None and cache is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
+        more = num_tokens * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
+        found |= {"cu_seq_lens_k": bounds + more, "max_length_k": kwargs["max_length_q"] + num_tokens}
+        found[ORDER], _ = order(bounds, num_real=ids.shape[1], num_tokens=num_tokens)
     if positions is not None and "position_ids" in inspect.signature(base.forward).parameters:
         found["position_ids"] = positions + num_tokens
     return found
 
 
 def _around(kwargs: dict[str, Any], *, hidden: Tensor, num_tokens: int) -> dict[str, Any]:
-    """The mask, ALiBi or row boundaries of an attention whose keys begin with the prefix."""
-    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
-        more = num_tokens * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
-        return {"cu_seq_lens_k": bounds + more, "max_length_k": kwargs["max_length_q"] + num_tokens}
+    """The mask and ALiBi of an attention whose keys begin with the prefix."""
     mask, tokens = kwargs.get("attention_mask"), hidden.shape[1]
     if mask is None:
         mask = causal(tokens, num_tokens + tokens, device=hidden.device)[None, None]

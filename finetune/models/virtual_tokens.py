@@ -17,18 +17,17 @@ from torch.nn.functional import pad
 from finetune.models.prefixes import order
 
 
-def insert(model: Any, *, embeddings: Callable[[], Tensor]) -> None:
-    """Put the virtual tokens (tokens, hidden) that `embeddings` returns before every row."""
+def insert(model: Any, *, embeddings: Callable[[], Tensor], num_tokens: int) -> None:
+    """Put the virtual tokens (`num_tokens`, hidden) that `embeddings` returns before every row."""
     positioned = "position_ids" in inspect.signature(model.forward).parameters
 
     def enter(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             kwargs["input_ids"] = args[0]
-        virtual = embeddings()
         if kwargs.get("cu_seq_lens_q") is not None:
-            kwargs |= _packed(base, kwargs, virtual)
+            kwargs |= _packed(base, kwargs, embeddings())
         else:
-            kwargs |= _padded(base, kwargs, virtual, positioned=positioned)
+            kwargs |= _padded(base, kwargs, embeddings, num_tokens=num_tokens, positioned=positioned)
         return args[1:] and (None, *args[1:]), kwargs
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
@@ -41,9 +40,11 @@ def _embedded(base: Any, kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def _padded(base: Any, kwargs: dict[str, Any], virtual: Tensor, *, positioned: bool) -> dict[str, Any]:
+def _padded(
+    base: Any, kwargs: dict[str, Any], embeddings: Callable[[], Tensor], *, num_tokens: int, positioned: bool
+) -> dict[str, Any]:
     """The first pass of rows gets the virtual tokens; in later ones they are in the cache."""
-    cache, found, num_tokens = kwargs.get("past_key_values"), dict[str, Any](), len(virtual)
+    cache, found = kwargs.get("past_key_values"), dict[str, Any]()
     first = cache is None or not cache.get_seq_length()
     if (mask := kwargs.get("attention_mask")) is not None:
         found["attention_mask"] = pad(mask, (num_tokens, 0), value=1)
@@ -52,7 +53,7 @@ def _padded(base: Any, kwargs: dict[str, Any], virtual: Tensor, *, positioned: b
         found["position_ids"] = torch.cat([before, positions + num_tokens], dim=1)
     if first:
         embedded = _embedded(base, kwargs)
-        before = virtual.to(embedded.dtype).expand(len(embedded), -1, -1)
+        before = embeddings().to(embedded.dtype).expand(len(embedded), -1, -1)
         found |= {"input_ids": None, "inputs_embeds": torch.cat([before, embedded], dim=1)}
     return found
 

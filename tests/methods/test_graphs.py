@@ -1,15 +1,19 @@
 """Filled packs give what packs give; on a GPU, replayed graphs give what eager steps give."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import PACKED, tiny_base
 from grid import attach, config, make
+from torch._dynamo.testing import CompileCounter
 
 from finetune.data.batches import pack, plan, supervised
 from finetune.feeder import Feeder, summed_loss
-from finetune.graphs import IGNORED, Graphs, Shapes, Size, way
+from finetune.graphs import IGNORED, Graphs, Shapes, Size, compiled, way
 from finetune.loop import Loop
+from finetune.methods.blocks import blocks
 from finetune.methods.method import trainable
 from finetune.models.attention import packing
 
@@ -44,6 +48,20 @@ def test_a_filled_pack_has_the_same_loss_and_gradients(method, architecture, exa
     assert again == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("method", ["lora", "adalora", "adapter", "full", "llama_adapter", "prefix", "prompt"])
+def test_all_layers_are_compiled_as_one(method, architecture, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=counter))
+    torch.compiler.reset()
+    model = attach(make(method, architecture), tiny_base(architecture))
+    layers = blocks(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    with compiled(layers, model.get_input_embeddings()):
+        model.train()(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False).logits.sum().backward()
+    assert len(layers) > 1
+    assert counter.frame_count == 1
 
 
 def test_rooms_hold_every_pack_of_the_plan(examples):

@@ -1,6 +1,7 @@
 """LoRA in few operations gives what PEFT's own forward pass gives, and leaves nothing behind."""
 
 import contextlib
+from functools import partialmethod
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from finetune.data.batches import pack, pad
 from finetune.feeder import Feeder, summed_loss
-from finetune.graphs import recomputable
+from finetune.graphs import compiled
 from finetune.loop import Loop
 from finetune.methods.method import trainable
 from finetune.methods.peft import Peft
@@ -199,7 +200,9 @@ def test_siblings_that_get_other_inputs_compute_alone():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-def test_compiled_blocks_are_one_kind_but_for_the_first(checkpointed, examples):
+def test_compiled_blocks_are_one_kind(checkpointed, examples, monkeypatch):
+    how = {"backend": "aot_eager", "fullgraph": True}
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, **how))
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     deeper = transformers.Qwen2Config(vocab_size=96, num_hidden_layers=4, **sizes)
     model = tuned(lora(), "qwen2", base=transformers.AutoModelForCausalLM.from_config(deeper))
@@ -210,16 +213,10 @@ def test_compiled_blocks_are_one_kind_but_for_the_first(checkpointed, examples):
     torch._dynamo.reset()
     counters.clear()
     layers = model.get_base_model().model.layers
-    with lean(model), recomputable():
-        for layer in layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
-        try:
-            for _ in range(2):
-                again, found = gradients(model, batch)
-        finally:
-            for layer in layers:
-                layer._compiled_call_impl = None
-    assert counters["stats"]["unique_graphs"] <= 2
+    with lean(model), compiled(layers, model.get_input_embeddings()):
+        for _ in range(2):
+            again, found = gradients(model, batch)
+    assert counters["stats"]["unique_graphs"] == 1
     assert again == pytest.approx(loss, rel=1e-6)
     assert error(found, expected) < 1e-5
 
