@@ -47,7 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--step", default="compiled", help="launch.step of this project")
     parser.add_argument("--steps", type=int, default=250, help="of this project")
     parser.add_argument("--seconds", type=float, default=10, help="of a peer's steady steps")
-    parser.add_argument("--answers", type=int, default=128, help="rows that this project answers")
+    parser.add_argument("--answers", type=int, default=500, help="rows that this project answers")
     parser.add_argument("--peer-answers", type=int, default=128, help="rows that a peer answers")
     parser.add_argument("--check", type=int, default=0, help="training rows of a real cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.jsonl"))
