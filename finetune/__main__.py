@@ -23,7 +23,6 @@ from finetune.slots import Worker
 from finetune.sweep import failures, run_all, slots
 
 ROOT = Path("multirun")
-FINAL = ("done", "unsupported")
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
 def sweep(todo: list[Cell]) -> int:
     """Run every cell that is not done; the exit status."""
     before = failures(todo)
-    open_cells = [cell for cell in todo if runs.state(cell.folder) not in FINAL]
+    open_cells = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
     with contextlib.ExitStack() as stack:
         room = slots(open_cells, 0, stack) if not (open_cells and has_gpu()) else []
         if open_cells:
@@ -59,7 +58,7 @@ def sweep(todo: list[Cell]) -> int:
         progress = stack.enter_context(Progress(num_cells=len(todo)))
         outcomes = run_all(todo, room, progress, before)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
-    return 0 if all(outcome in FINAL for outcome in outcomes.values()) else 1
+    return 0 if all(outcome in runs.FINAL for outcome in outcomes.values()) else 1
 
 
 def _preflight(open_cells: list[Cell], todo: list[Cell], worker: Worker) -> int:

@@ -91,7 +91,7 @@ class Job:
         worker = None if isinstance(self.process, subprocess.Popen) else self.process
         if not (worker and worker.lives_on):
             kill(self)  # what it may have left in its session
-        if code != 0 or not any((self.run / name).exists() for name in ("scores.json", "unsupported.json")):
+        if code != 0 or runs.ended(self.run) not in runs.FINAL:
             fail(self.run, **_death(self.run, code, worker.last_words() if worker else ""))
         return True
 

@@ -20,6 +20,7 @@ import yaml
 from finetune import claims
 
 State = Literal["done", "unsupported", "running", "failed", "unfinished"]
+FINAL: tuple[State, ...] = ("done", "unsupported")  # the same command again leaves it as it is
 
 MAX_NAME = 99  # bytes; file systems allow 255, and a name must stay readable in a table
 DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw"}
@@ -112,7 +113,7 @@ def clear(run: Path) -> None:
 
 def fail(run: Path, *, kind: str, message: str) -> None:
     """Record why the run ended without a result; nothing if it has one, or a record of this attempt."""
-    if any((run / name).exists() for name in ("scores.json", "failure.json", "unsupported.json")):
+    if ended(run) != "unfinished":
         return
     log = tail(run / "run.log", 20)
     write_json(run / "failure.json", {"kind": kind, "message": message, "log": log, "time": time.time()})

@@ -69,7 +69,7 @@ class Sweep:
     def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress, before: Failures) -> None:
         self.free, self.progress = free, progress
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
-        left = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
+        left = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
         self.several = len(left) > len(free)  # do cells follow one another on a device?
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
@@ -130,7 +130,7 @@ class Sweep:
     def _begin(self, cell: Cell, slot: Slot) -> Job | str:
         """Start a cell's job; or what became of the cell without one: done, unsupported, failed, or running."""
         state = runs.state(cell.folder)
-        if state in ("done", "unsupported"):
+        if state in runs.FINAL:
             return state
         if state == "failed" and self._failed_elsewhere(cell.folder):
             return "failed"
@@ -178,7 +178,7 @@ class Sweep:
 
 def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
-    if (cell.folder / "scores.json").exists():
+    if runs.ended(cell.folder) == "done":
         runs.release(cell.folder)
         return "done"
     if problems := refusals(cell):
