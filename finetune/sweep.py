@@ -30,17 +30,19 @@ Failures = Mapping[Path, tuple[int, int] | None]  # what tells each folder's fai
 def slots(
     todo: Sequence[Cell], num_gpus: int, stack: contextlib.ExitStack, *, first: Worker | None = None
 ) -> list[Slot]:
-    """Room for the cells that run at once, each with a worker that begins to import; `first` is that of the first."""
-    found = []
-    for share in _shares(todo, num_gpus)[: max(1, len(todo))]:
-        found.append(stack.enter_context(contextlib.closing(Slot(share))))
-        if todo:
-            # `first` was started on the whole machine, whose GPUs its driver has counted: with one it is the same.
-            fits = len(found) == 1 and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in share
-            found[-1].worker = (first if fits else None) or Worker(share)
-    if first and found[0].worker is not first:
+    """Room for the cells that run at once, with workers that begin to import; `first` may be that of the first."""
+    room = [Slot(share) for share in _shares(todo, num_gpus)[: max(1, len(todo))]]
+    for slot in room:
+        stack.enter_context(contextlib.closing(slot))
+    # `first` was started on the whole machine, whose GPUs its driver has counted: with one it is the same.
+    if first and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in room[0].share:
+        room[0].worker = first
+    if any(cell.config["launch"]["num_processes"] == 1 for cell in todo):  # others have processes of their own
+        for slot in room:
+            slot.begun()
+    if first and room[0].worker is not first:
         first.close()
-    return found
+    return room
 
 
 def failures(todo: Sequence[Cell]) -> Failures:
