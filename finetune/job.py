@@ -23,6 +23,7 @@ from finetune.models.attention import packs
 from finetune.models.encoded import encoded_rows
 from finetune.models.load import Base
 from finetune.models.tokenizer import Example, encode_rows, template_hash
+from finetune.probe import Subject
 from finetune.shelf import Shelf
 
 log = logging.getLogger("finetune")
@@ -71,7 +72,7 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     for place in split.bad[:20]:
         log.warning("left out %s", place)
     method = build(config["method"])
-    base = base_of(config, accelerator.device, bases, precision=precision, intact=method.leaves_base_intact)
+    base = _base(config, accelerator.device, bases, intact=method.leaves_base_intact)
     feeder = Feeder(
         packed=method.padding_free and "packing" in config["model"]["has"] and packs(accelerator.device),
         pad_id=base.tokenizer.pad_token_id,
@@ -172,9 +173,18 @@ def _accelerator(config: Mapping[str, Any]) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
-def base_of(config: Mapping[str, Any], device: torch.device, bases: Shelf, *, precision: str, intact: bool) -> Base:
+def reloaded(job: Job) -> Subject:
+    """The saved model on a fresh base."""
+    fresh = _base(job.config, job.accelerator.device, job.bases, intact=job.method.leaves_base_intact)
+    method = build(job.config["method"])
+    model = method.load(fresh.model, job.run / "adapter")
+    return Subject(method, model.to(job.accelerator.device), fresh.model)
+
+
+def _base(config: Mapping[str, Any], device: torch.device, bases: Shelf, *, intact: bool) -> Base:
     """A base as no method has touched it; in float32 if the run does not leave its weights `intact`."""
-    model = {**config["model"], "precision": precision if intact else "float32"}
+    precision = usable_precision(config["model"]["precision"], device)[0] if intact else "float32"
+    model = {**config["model"], "precision": precision}
     tokens = config["task"]["max_prompt_tokens"] + config["task"]["max_target_tokens"]
     quantize = config["method"]["quantize"]
     how = {"scale": config["scale"], "quantize": quantize, "device": str(device), "max_tokens": tokens, "log": log.info}
