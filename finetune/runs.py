@@ -84,22 +84,10 @@ def ended(run: Path) -> State:
     return "failed" if (run / "failure.json").exists() else "unfinished"
 
 
-def claim(run: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder ours and write its `config.yaml`; raises `claims.Taken`."""
-    run.mkdir(parents=True, exist_ok=True)
-    claims.take(run)
-    begin(run, config)
-
-
 def begin(run: Path, config: Mapping[str, Any]) -> None:
     """A new attempt in a claimed folder: `config.yaml`, and the failure of the attempt before is numbered."""
     _keep_old(run / "failure.json")
     write_text(run / "config.yaml", yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False))
-
-
-def release(run: Path) -> None:
-    """Give the folder back, if it is ours."""
-    claims.release(run)
 
 
 def clear(run: Path) -> None:

@@ -109,7 +109,7 @@ class Sweep:
             self.progress.say(f"stopping {len(jobs)} cells at their next checkpoint; once more ends them at once")
         stop(jobs, hurried=lambda: len(asked) > before)
         for folder in self.at_work:
-            runs.release(folder)
+            claims.release(folder)
 
     def _next(self, slot: Slot) -> Cell:
         """The first cell on the base that the slot's process keeps, else the first."""
@@ -146,7 +146,7 @@ class Sweep:
         try:
             return _claimed(cell, slot, several=self.several)
         except OSError as error:
-            runs.release(cell.folder)
+            claims.release(cell.folder)
             return _refuse(cell, str(error))
 
     def _failed_elsewhere(self, folder: Path) -> bool:
@@ -160,7 +160,7 @@ class Sweep:
         _, _, slot = self.at_work.pop(cell.folder)
         self.free.append(slot)
         outcome = runs.ended(cell.folder)  # before another sweep can take it
-        runs.release(cell.folder)
+        claims.release(cell.folder)
         self._end(cell, "failed" if outcome == "unfinished" else outcome)  # a full disk takes no failure.json
         if not (self.waiting or self.elsewhere):
             slot.close()  # what it keeps is memory that those still at work may want
@@ -181,10 +181,10 @@ class Sweep:
 def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
     if runs.ended(cell.folder) == "done":
-        runs.release(cell.folder)
+        claims.release(cell.folder)
         return "done"
     if problems := refusals(cell):
-        runs.release(cell.folder)
+        claims.release(cell.folder)
         return _refuse(cell, "; ".join(problems))
     runs.begin(cell.folder, cell.config)
     runs.clear(cell.folder)
@@ -195,7 +195,7 @@ def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
         slot.base = _base(cell) if how == "stay" else None
         return slot.start(cell.folder, launch, way=how)
     runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
-    runs.release(cell.folder)
+    claims.release(cell.folder)
     return "unsupported"
 
 
