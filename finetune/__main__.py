@@ -89,8 +89,8 @@ def _other_data(cell: Cell, hashes: dict[str, str]) -> str | None:
     """Why the cell's folder is not this cell's: what it holds was made from other data than there are now."""
     now = hashes.get(json.dumps(cell.config["task"], sort_keys=True))
     recorded = None
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # a damaged record is no record
-        recorded = (runs.read_json(cell.folder / "environment.json").get("hashes") or {}).get("data")
+    with contextlib.suppress(OSError):  # the job says what is wrong with the folder
+        recorded = runs.read_environment(cell.folder)["hashes"].get("data")
     if not now or not recorded or now == recorded:
         return None
     file = cell.config["task"]["source"].get("path") or cell.config["task"]["name"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,9 +87,9 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
         cut |= {"beyond_positions": beyond_positions(base, [*train_rows, *valid_rows])}
         forms = split.templates_hash + template_hash(base.tokenizer)
         hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
-        before = _earlier_record(run)
+        before = runs.read_environment(run)  # of an earlier process
         what = {"data": _data(config), "templates": "", "weights": base.source}
-        _refuse_other_inputs(run, hashes, before=before, what=what)
+        _refuse_other_inputs(run, hashes, known=before["hashes"], what=what)
         record = {
             "source": base.source,
             "precision": precision,
@@ -108,24 +107,14 @@ def beyond_positions(base: Base, examples: Sequence[Example]) -> int:
     return sum(len(example.ids) > known for example in examples) if known else 0
 
 
-def _earlier_record(run: Path) -> Mapping[str, Any]:
-    """environment.json of an earlier process of this run; a damaged record is no record."""
-    with contextlib.suppress(ValueError):
-        found = runs.read_json(run / "environment.json")
-        return found if isinstance(found, Mapping) else {}
-    return {}
-
-
 def _refuse_other_inputs(
-    run: Path, hashes: Mapping[str, str], *, before: Mapping[str, Any], what: Mapping[str, str]
+    run: Path, hashes: Mapping[str, str], *, known: Mapping[str, Any], what: Mapping[str, str]
 ) -> None:
     """Raise ValueError if an earlier process of this run read other data, prompt forms or weights."""
-    recorded = before.get("hashes")
-    known = {name: str(value) for name, value in recorded.items()} if isinstance(recorded, Mapping) else {}
     changed = [
-        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({known[name][:12]} -> {now[:12]})"
+        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({str(known[name])[:12]} -> {now[:12]})"
         for name, now in hashes.items()
-        if known.get(name, now) != now
+        if str(known.get(name, now)) != now
     ]
     if changed:
         raise ValueError(

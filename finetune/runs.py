@@ -5,6 +5,7 @@ multirun/<study>/<task>[+...]/<model>[+...]/<method>[+...]/seed<k>/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -130,6 +131,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """environment.json with its `hashes` by name; a damaged record is no record, and damaged hashes are none."""
+    record: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        record = read_json(run / "environment.json")
+    hashes = record.get("hashes")
+    return {**record, "hashes": hashes if isinstance(hashes, dict) else {}}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
