@@ -19,11 +19,10 @@ from finetune.cells import CONF, Cell, Invalid, cells, only_our_resolvers
 from finetune.confidential import hide
 from finetune.launch import has_gpu
 from finetune.progress import Progress, summary
-from finetune.slots import Worker
+from finetune.slots import Slot, Worker
 from finetune.sweep import failures, run_all, slots
 
 ROOT = Path("multirun")
-FINAL = ("done", "unsupported")
 
 
 def main() -> None:
@@ -48,18 +47,24 @@ def main() -> None:
 def sweep(todo: list[Cell]) -> int:
     """Run every cell that is not done; the exit status."""
     before = failures(todo)
-    open_cells = [cell for cell in todo if runs.state(cell.folder) not in FINAL]
+    open_cells = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
     with contextlib.ExitStack() as stack:
-        room = slots(open_cells, 0, stack) if not (open_cells and has_gpu()) else []
-        if open_cells:
-            first = room[0].worker if room else stack.enter_context(contextlib.closing(Worker({})))
-            assert first
-            num_gpus = _preflight(open_cells, todo, first)
-            room = room or slots(open_cells, num_gpus, stack, first=first)
+        room = _room(open_cells, todo, stack)
         progress = stack.enter_context(Progress(num_cells=len(todo)))
         outcomes = run_all(todo, room, progress, before)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
-    return 0 if all(outcome in FINAL for outcome in outcomes.values()) else 1
+    return 0 if all(outcome in runs.FINAL for outcome in outcomes.values()) else 1
+
+
+def _room(open_cells: list[Cell], todo: list[Cell], stack: contextlib.ExitStack) -> list[Slot]:
+    """Room for the cells that are open, which a first worker has checked; raises `Invalid`."""
+    if open_cells and has_gpu():  # what there is to share is known when a worker has counted
+        first = stack.enter_context(contextlib.closing(Worker({})))
+        return slots(open_cells, _preflight(open_cells, todo, first), stack, first=first)
+    room = slots(open_cells, 0, stack)  # the workers import side by side
+    if open_cells:
+        _preflight(open_cells, todo, room[0].begun())
+    return room
 
 
 def _preflight(open_cells: list[Cell], todo: list[Cell], worker: Worker) -> int:
@@ -84,8 +89,8 @@ def _other_data(cell: Cell, hashes: dict[str, str]) -> str | None:
     """Why the cell's folder is not this cell's: what it holds was made from other data than there are now."""
     now = hashes.get(json.dumps(cell.config["task"], sort_keys=True))
     recorded = None
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # a damaged record is no record
-        recorded = (runs.read_json(cell.folder / "environment.json").get("hashes") or {}).get("data")
+    with contextlib.suppress(OSError):  # the job says what is wrong with the folder
+        recorded = runs.read_environment(cell.folder)["hashes"].get("data")
     if not now or not recorded or now == recorded:
         return None
     file = cell.config["task"]["source"].get("path") or cell.config["task"]["name"]

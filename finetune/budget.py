@@ -133,7 +133,7 @@ def _found(job: Job, lengths: Sequence[int]) -> int:
 
 def _decided(job: Job, lengths: Sequence[int]) -> int:
     """What environment.json says, or else will say from now on."""
-    record = runs.read_json(job.run / "environment.json")
+    record = runs.read_environment(job.run)
     known = record.get("batch_tokens")
     if isinstance(known, int) and known >= max(lengths):
         return known

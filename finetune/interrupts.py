@@ -9,9 +9,9 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from finetune.stop import STATUS
+from finetune import stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (*stop.SIGNALS, signal.SIGHUP)
 
 
 class Ended(BaseException):
@@ -19,7 +19,7 @@ class Ended(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.status = 130 if number == signal.SIGINT else STATUS
+        self.status = 130 if number == signal.SIGINT else stop.STATUS
 
 
 def listen() -> None:

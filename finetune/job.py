@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from finetune.models.attention import packs
 from finetune.models.encoded import encoded_rows
 from finetune.models.load import Base
 from finetune.models.tokenizer import Example, encode_rows, template_hash
+from finetune.probe import Subject
 from finetune.shelf import Shelf
 
 log = logging.getLogger("finetune")
@@ -71,7 +71,7 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     for place in split.bad[:20]:
         log.warning("left out %s", place)
     method = build(config["method"])
-    base = base_of(config, accelerator.device, bases, precision=precision, intact=method.leaves_base_intact)
+    base = _base(config, accelerator.device, bases, intact=method.leaves_base_intact)
     feeder = Feeder(
         packed=method.padding_free and "packing" in config["model"]["has"] and packs(accelerator.device),
         pad_id=base.tokenizer.pad_token_id,
@@ -87,9 +87,9 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
         cut |= {"beyond_positions": beyond_positions(base, [*train_rows, *valid_rows])}
         forms = split.templates_hash + template_hash(base.tokenizer)
         hashes = {"data": split.data_hash, "templates": forms, "weights": base.weights_hash}
-        before = _earlier_record(run)
+        before = runs.read_environment(run)  # of an earlier process
         what = {"data": _data(config), "templates": "", "weights": base.source}
-        _refuse_other_inputs(run, hashes, before=before, what=what)
+        _refuse_other_inputs(run, hashes, known=before["hashes"], what=what)
         record = {
             "source": base.source,
             "precision": precision,
@@ -107,24 +107,14 @@ def beyond_positions(base: Base, examples: Sequence[Example]) -> int:
     return sum(len(example.ids) > known for example in examples) if known else 0
 
 
-def _earlier_record(run: Path) -> Mapping[str, Any]:
-    """environment.json of an earlier process of this run; a damaged record is no record."""
-    with contextlib.suppress(ValueError):
-        found = runs.read_json(run / "environment.json")
-        return found if isinstance(found, Mapping) else {}
-    return {}
-
-
 def _refuse_other_inputs(
-    run: Path, hashes: Mapping[str, str], *, before: Mapping[str, Any], what: Mapping[str, str]
+    run: Path, hashes: Mapping[str, str], *, known: Mapping[str, Any], what: Mapping[str, str]
 ) -> None:
     """Raise ValueError if an earlier process of this run read other data, prompt forms or weights."""
-    recorded = before.get("hashes")
-    known = {name: str(value) for name, value in recorded.items()} if isinstance(recorded, Mapping) else {}
     changed = [
-        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({known[name][:12]} -> {now[:12]})"
+        f"the {name} {f'({what[name]}) ' if what[name] else ''}changed ({str(known[name])[:12]} -> {now[:12]})"
         for name, now in hashes.items()
-        if known.get(name, now) != now
+        if str(known.get(name, now)) != now
     ]
     if changed:
         raise ValueError(
@@ -172,9 +162,18 @@ def _accelerator(config: Mapping[str, Any]) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
-def base_of(config: Mapping[str, Any], device: torch.device, bases: Shelf, *, precision: str, intact: bool) -> Base:
+def reloaded(job: Job) -> Subject:
+    """The saved model on a fresh base."""
+    fresh = _base(job.config, job.accelerator.device, job.bases, intact=job.method.leaves_base_intact)
+    method = build(job.config["method"])
+    model = method.load(fresh.model, job.run / "adapter")
+    return Subject(method, model.to(job.accelerator.device), fresh.model)
+
+
+def _base(config: Mapping[str, Any], device: torch.device, bases: Shelf, *, intact: bool) -> Base:
     """A base as no method has touched it; in float32 if the run does not leave its weights `intact`."""
-    model = {**config["model"], "precision": precision if intact else "float32"}
+    precision = usable_precision(config["model"]["precision"], device)[0] if intact else "float32"
+    model = {**config["model"], "precision": precision}
     tokens = config["task"]["max_prompt_tokens"] + config["task"]["max_target_tokens"]
     quantize = config["method"]["quantize"]
     how = {"scale": config["scale"], "quantize": quantize, "device": str(device), "max_tokens": tokens, "log": log.info}

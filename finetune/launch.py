@@ -22,6 +22,7 @@ from finetune.stop import STATUS
 GRACE_SECONDS = 40.0  # a job has 30 s to write its checkpoint, also under torch's launcher, which kills its ranks then
 KILL_SECONDS = 5.0  # until what was killed is gone; a process in a system call of a dead file server is not
 BYTES_A_CELL = 2 * 2**30  # a cell on a miniature peaks at 1.0 to 1.3 GiB
+INTERRUPTED = {"kind": "interrupted", "message": "interrupted; the same command goes on with it"}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)  # loaded here: a fork in the middle of an import must not import
 
@@ -91,7 +92,7 @@ class Job:
         worker = None if isinstance(self.process, subprocess.Popen) else self.process
         if not (worker and worker.lives_on):
             kill(self)  # what it may have left in its session
-        if code != 0 or not any((self.run / name).exists() for name in ("scores.json", "unsupported.json")):
+        if code != 0 or runs.ended(self.run) not in runs.FINAL:
             fail(self.run, **_death(self.run, code, worker.last_words() if worker else ""))
         return True
 
@@ -105,7 +106,7 @@ def stop(jobs: Collection[Job], *, hurried: Callable[[], bool] = lambda: False) 
         kill(job)
     _wait(jobs, KILL_SECONDS)
     for job in jobs:
-        fail(job.run, kind="interrupted", message="interrupted; the same command goes on with it")
+        fail(job.run, **INTERRUPTED)
 
 
 def end(job: Job) -> None:
@@ -148,15 +149,13 @@ def _wait(jobs: Collection[Job], seconds: float, *, hurried: Callable[[], bool] 
         time.sleep(0.05)
 
 
-def child(words: list[str], **how: Any) -> subprocess.Popen[bytes]:
-    """A process with a session of its own that is killed when this process dies, however it dies."""
-    here = os.getpid()
-    return subprocess.Popen(words, start_new_session=True, preexec_fn=lambda: die_with_parent(here), **how)
-
-
 def started(words: list[str], share: Mapping[str, str], **files: Any) -> subprocess.Popen[bytes]:
-    """A child that has its share of the machine."""
-    return child(words, env=_environment(share), **{"stdin": subprocess.DEVNULL, **files})
+    """A process with its share of the machine and a session of its own; it is killed when this one dies, however."""
+    here = os.getpid()
+    how: dict[str, Any] = {"stdin": subprocess.DEVNULL, **files}
+    return subprocess.Popen(
+        words, env=_environment(share), start_new_session=True, preexec_fn=lambda: die_with_parent(here), **how
+    )
 
 
 def _environment(share: Mapping[str, str]) -> dict[str, str]:
@@ -176,7 +175,7 @@ def _death(run: Path, code: int, said: str) -> dict[str, str]:
     if code < 0:
         return {"kind": "signal", "message": f"signal {-code} ({signal.Signals(-code).name})"}
     if code == STATUS:
-        return {"kind": "interrupted", "message": "interrupted; the same command goes on with it"}
+        return INTERRUPTED
     where = "before the job began, " if said else ""
     return {"kind": "error", "message": f"{where}exit status {code}: {last[:300]}"}
 

@@ -1,14 +1,12 @@
-"""The optimisation loop: planned rows -> losses -> steps, the same for every method and number of processes."""
+"""The optimisation loop: planned rows -> gradients -> steps, the same for every method and number of processes."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,18 +15,12 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.data.batches import Batch, Example, pack, supervised
-from finetune.feeder import Feeder, attending_rows, summed_loss
-from finetune.graphs import Graphs, Shapes, Size, compiled, way
-from finetune.memory import free, out_of_memory, too_much
-from finetune.methods.blocks import blocks
+from finetune.data.batches import Example
+from finetune.feeder import Feeder
+from finetune.gradients import Gradients
 from finetune.methods.method import Method, trainable
-from finetune.models.attention import packing
-from finetune.noise import noisy
 from finetune.resume import Keeper, Line, Moving
 from finetune.schedule import Clock, schedule_factor, spaced
-
-log = logging.getLogger("finetune")
 
 MOST_SKIPPED = 3  # steps in a row whose loss or gradient is no number
 
@@ -43,14 +35,22 @@ class _Done:
     count: int  # supervised tokens
     summed: Tensor  # loss
     norm: Tensor | float  # of the gradient
+    scaled: bool  # under float16, whose gradients may overflow
     skipped: bool = False
 
+    @cached_property
     def numbers(self) -> tuple[float, float]:
-        """Mean loss and gradient norm."""
+        """Mean loss and gradient norm, which waits for the device."""
         return float(self.summed) / self.count, float(self.norm)
 
+    @property
+    def finite(self) -> bool:
+        """Are they numbers, but for an overflow?"""
+        loss, norm = self.numbers
+        return math.isfinite(loss) and (self.scaled or math.isfinite(norm))
+
     def broken(self) -> Tensor:
-        """1.0 if one of them is no number, else 0.0."""
+        """1.0 if one of them is no number, else 0.0; on the device."""
         return 1.0 - (self.summed.isfinite() & torch.as_tensor(self.norm, device=self.summed.device).isfinite()).float()
 
 
@@ -98,44 +98,35 @@ class Loop:
         model.train()
         moving = Moving(base, self.method, optimizer, schedule, self.accelerator.scaler)
         history = keeper.resume(moving) if keeper else []
-        loop, clock, broken = self._as_after(history), Clock(history), _broken_at_the_end(history)
-        graphs = loop._graphs(base, weights)
-        late = graphs is not None and self._guarded(optimizer)
+        clock, broken = Clock(history), _broken_at_the_end(history)
+        gradients = Gradients(model, base, self.method, self.accelerator, self.feeder, self.examples, self.optim)
+        gradients = gradients.as_after(history).recorded(self.steps, weights, asked=self.way)
+        late = gradients.graphs is not None and self._guarded(optimizer)
         waiting: _Done | None = None
 
         def finish(done: _Done) -> None:
-            """Read a step's numbers, which waits for the device."""
+            """Read a step's numbers and record them."""
             nonlocal broken
-            loss, norm = done.numbers()
-            finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(norm))
+            finite = done.finite  # waits for the device: the clock is read after it
             clock.add(sum(len(self.examples[row].ids) for row in done.rows))
-            line: Line = {"step": done.number, "num_steps": len(self.steps), "loss": loss if finite else None}
-            line |= {"lr": done.rate, "gradient_norm": norm, "tokens_per_second": clock.rate()}
-            line |= {"seconds": clock.seconds, "num_tokens": clock.num_tokens, "way": graphs.way if graphs else "eager"}
-            line |= {**({"skipped": True} if done.skipped or not finite else {}), **loop._limit()}
+            line = self._line(done, clock, gradients)
             if done.number in validations:
                 with clock.paused():
                     line["valid_loss"] = validate(model)
             record(line)
             broken = 0 if finite else broken + 1
             if broken == MOST_SKIPPED:
-                raise self._not_a_number(done.number, done.rows, loss=loss, norm=norm, lr=done.rate)
+                raise self._not_a_number(done)
 
         for number, rows in list(enumerate(self.steps, start=1))[len(history) :]:
             rate = float(schedule.get_last_lr()[0])
-            loop, summed, count = loop._fitting(model, base, rows, optimizer, graphs)
+            gradients, summed, count = gradients.of(rows, optimizer)
             norm = self.accelerator.clip_grad_norm_(weights, self.optim["max_grad_norm"] or math.inf)
-            done = _Done(number, rows, rate, count, self.accelerator.reduce(summed), norm)
-            if late:
-                optimizer.optimizer.found_inf = done.broken()  # the fused kernel then leaves the weights alone
-                optimizer.step()
-            else:
-                done.skipped = self._step(optimizer, weights, done)
+            summed, scaled = self.accelerator.reduce(summed), self.accelerator.scaler is not None
+            done = _Done(number, rows, rate, count, summed, norm, scaled)
+            _move(optimizer, weights, done, late=late)
             self.method.after_step(base, number)
-            if graphs:
-                graphs.zero()
-            else:
-                optimizer.zero_grad()
+            gradients.zero(optimizer)
             schedule.step()
             if waiting:
                 finish(waiting)
@@ -147,6 +138,14 @@ class Loop:
                     with clock.paused():
                         keeper.after(number, moving)
         self._leave(weights)
+
+    def _line(self, done: _Done, clock: Clock, gradients: Gradients) -> Line:
+        """Of steps.jsonl."""
+        loss, norm = done.numbers
+        line: Line = {"step": done.number, "num_steps": len(self.steps), "loss": loss if done.finite else None}
+        line |= {"lr": done.rate, "gradient_norm": norm, "tokens_per_second": clock.rate()}
+        line |= {"seconds": clock.seconds, "num_tokens": clock.num_tokens, "way": gradients.way}
+        return line | ({"skipped": True} if done.skipped or not done.finite else {}) | gradients.limit()
 
     def _leave(self, weights: Sequence[nn.Parameter]) -> None:
         """Give gradients and the optimizer's memory back: answers need none."""
@@ -163,160 +162,38 @@ class Loop:
         optimizer: torch.optim.Optimizer = instantiate({"_target_": target, "_partial_": True})(groups, **arguments)
         return optimizer
 
-    def _gradients(self, model: Any, base: Any, rows: Sequence[int], graphs: Graphs | None) -> tuple[Tensor, int]:
-        """Gradients of the step's mean loss per supervised token; this process's summed loss, and the step's tokens."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        count = sum(len(supervised(self.examples[row], loss_on=self.feeder.loss_on)) for row in rows)
-        summed = torch.zeros((), device=self.accelerator.device)
-        if graphs:
-            for part in self._packs(rows):
-                summed += graphs(pack(part, loss_on=self.feeder.loss_on), scale=1 / count)
-            if isinstance(penalty := self.method.penalty(base), Tensor):
-                penalty.backward()
-            return summed, count
-        batches = self._share(rows[rank::ranks])
-        for batch in batches:
-            last = batch is batches[-1]
-            alone = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            with alone, attending_rows(base, self.feeder):
-                with noisy(base, batch, alpha=self.optim.get("neftune_alpha")):
-                    loss = summed_loss(model, batch)
-                summed += loss.detach()
-                penalty = self.method.penalty(base) if last else 0.0
-                self.accelerator.backward(loss * (ranks / count) + penalty)
-        return summed, count
-
-    def _fitting(
-        self, model: Any, base: Any, rows: Sequence[int], optimizer: Any, graphs: Graphs | None
-    ) -> tuple[Loop, Tensor, int]:
-        """`_gradients`, with batches halved until they fit into memory; and the loop that goes on with such batches."""
-        loop, device, drawn = self, self.accelerator.device, torch.get_rng_state()
-        drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        while True:
-            try:
-                return loop, *loop._gradients(model, base, rows, graphs)
-            except RuntimeError as error:
-                # Of several processes only one may run out, and the others wait for its gradients.
-                if not out_of_memory(error) or self.accelerator.num_processes > 1 or graphs:
-                    raise
-                said = str(error)
-            optimizer.zero_grad()
-            free()
-            loop = loop._halved(rows, said=said)
-            torch.set_rng_state(drawn)
-            if drawn_there is not None:
-                torch.cuda.set_rng_state(drawn_there, device)
-
-    def _halved(self, rows: Sequence[int], *, said: str) -> Loop:
-        """The loop with batches half as large as this step's largest; raises when every row is alone already."""
-        sizes = [(_num_rows(batch), batch.ids.numel()) for batch in self._share(rows)]
-        largest = max((size for num_rows, size in sizes if num_rows > 1), default=0)
-        if not largest:
-            raise too_much(max(size for _, size in sizes), doing="training:", said=said)
-        log.warning("out of memory: batches of several rows have at most %d tokens from now on", largest // 2)
-        return self._bounded(largest // 2, halvings=self.feeder.halvings + 1)
-
-    def _bounded(self, max_tokens: int, *, halvings: int) -> Loop:
-        return replace(self, feeder=replace(self.feeder, max_tokens=max_tokens, halvings=halvings))
-
-    def _as_after(self, history: Sequence[Line]) -> Loop:
-        """The loop with batches as small as they became in the steps that are done."""
-        if not history or "micro_batch_tokens" not in history[-1]:
-            return self
-        return self._bounded(history[-1]["micro_batch_tokens"], halvings=history[-1]["micro_batch_halvings"])
-
-    def _limit(self) -> dict[str, int | None]:
-        """What a line of steps.jsonl says of it."""
-        feeder = self.feeder
-        if not feeder.halvings:
-            return {}
-        return {"micro_batch_tokens": feeder.max_tokens, "micro_batch_halvings": feeder.halvings}
-
-    def _step(self, optimizer: Any, weights: Sequence[nn.Parameter], done: _Done) -> bool:
-        """Move the weights, unless loss or gradient are no numbers: was the step skipped?
-
-        Under float16 a gradient may overflow, and its scaler skips the step.
-        """
-        loss, norm = done.numbers()
-        scaled = self.accelerator.scaler is not None
-        finite = math.isfinite(loss) and (scaled or math.isfinite(norm))
-        if finite or scaled:
-            optimizer.step()
-        # Where a gradient overflowed a fused optimizer leaves the weights alone by itself, which Accelerate misses.
-        skipped = not (finite and math.isfinite(norm)) or bool(optimizer.step_was_skipped)
-        if skipped:
-            for weight in weights:
-                if weight.grad is not None:
-                    weight.grad.zero_()  # AdaLoRA averages gradients after each step
-        return skipped
-
     def _guarded(self, optimizer: Any) -> bool:
         """Can the device itself leave out a step that is no number, so that nobody waits for it?"""
         fused = optimizer.optimizer.defaults.get("fused") is True
         return fused and type(self.method).after_step is Method.after_step
 
-    def _not_a_number(self, step: int, rows: Sequence[int], *, loss: float, norm: float, lr: float) -> Exception:
-        names = ", ".join(str(self.ids[row]) if self.ids else str(row) for row in rows[:8])
+    def _not_a_number(self, done: _Done) -> Exception:
+        (loss, norm), step = done.numbers, done.number
+        names = ", ".join(str(self.ids[row]) if self.ids else str(row) for row in done.rows[:8])
         return FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {norm}, learning rate {lr:g}, rows {names}; steps "
+            f"step {step}: loss {loss}, gradient norm {norm}, learning rate {done.rate:g}, rows {names}; steps "
             f"{step - MOST_SKIPPED + 1} to {step} were skipped for this: a smaller optim.lr or another model.precision "
             "may help"
         )
 
-    def _graphs(self, base: Any, weights: Sequence[nn.Parameter]) -> Graphs | None:
-        """The plan's packs as graphs, where the device has them and the run earns them back."""
-        device = self.accelerator.device
-        # float32 has no attention by row bounds, float16's loss is scaled, NEFTune's noise is a hook.
-        able = device.type == "cuda" and self.feeder.packed and self.accelerator.mixed_precision == "bf16"
-        able &= "graph" in self.method.replayable and not self.optim.get("neftune_alpha")
-        if not able or self.accelerator.num_processes > 1:
-            if self.way in ("graph", "compiled"):
-                log.warning("launch.step=%s is not for this method, device, precision or base: eager steps", self.way)
-            return None
-        parts = [part for rows in self.steps for part in self._packs(rows)]
-        shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
-        layers = blocks(base.get_base_model() if hasattr(base, "get_base_model") else base)
-        how = way(self.way, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
-        if how == "compiled" and "compiled" not in self.method.replayable:
-            how = "graph"
-        if how == "eager":
-            return None
 
-        def loss(batch: Batch) -> Tensor:
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                return summed_loss(base, batch)
+def _move(optimizer: Any, weights: Sequence[nn.Parameter], done: _Done, *, late: bool) -> None:
+    """Move the weights, unless loss or gradient are no numbers, which is `late` known to the device alone.
 
-        began = time.perf_counter()
-        graphs = Graphs(shapes, way=how, loss=loss, weights=weights, device=device)
-        try:
-            faster = compiled(layers, base.get_input_embeddings()) if how == "compiled" else contextlib.nullcontext()
-            with packing(base), faster:
-                graphs.capture()
-        except RuntimeError as error:  # nothing of CUDA can be relied on after a capture that was cut off
-            raise RuntimeError(
-                f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
-            ) from error
-        seconds = time.perf_counter() - began
-        log.info("%d CUDA graphs (%s) in %.1f s", len(shapes.rooms), how, seconds)
-        return graphs
-
-    def _packs(self, rows: Sequence[int]) -> list[list[Example]]:
-        """The step's rows as packs."""
-        parts = self.optim["accumulation"]
-        return [p for i in range(parts) for p in self.feeder.packs([self.examples[row] for row in rows[i::parts]])]
-
-    def _size(self, part: Sequence[Example]) -> Size:
-        kept = sum(len(supervised(example, loss_on=self.feeder.loss_on)) for example in part)
-        return Size(sum(len(example.ids) for example in part), len(part), kept)
-
-    def _share(self, rows: Sequence[int]) -> list[Batch]:
-        """This process's batches, at least one for each micro-batch."""
-        parts = self.optim["accumulation"]
-        return [b for i in range(parts) for b in self.feeder.batches([self.examples[row] for row in rows[i::parts]])]
-
-
-def _num_rows(batch: Batch) -> int:
-    return len(batch.ids) if batch.bounds is None else len(batch.bounds) - 1
+    Under float16 a gradient may overflow, and its scaler skips the step.
+    """
+    if late:
+        optimizer.optimizer.found_inf = done.broken()  # the fused kernel then leaves the weights alone
+        optimizer.step()
+        return
+    if done.finite or done.scaled:
+        optimizer.step()
+    # Where a gradient overflowed a fused optimizer leaves the weights alone by itself, which Accelerate misses.
+    done.skipped = not (done.finite and math.isfinite(done.numbers[1])) or bool(optimizer.step_was_skipped)
+    if done.skipped:
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad.zero_()  # AdaLoRA averages gradients after each step
 
 
 def _broken_at_the_end(history: Sequence[Line]) -> int:

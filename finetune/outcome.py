@@ -1,14 +1,15 @@
-"""What a run found, in the form of its files: lines of predictions.jsonl, losses, the drop by rewording."""
+"""What a run found, in the form of its files: lines of predictions.jsonl, and scores.json."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from finetune.data.rows import Row
-from finetune.scores import score_rows
+from finetune.scores import aggregate, score_rows
 
 Line = dict[str, Any]
 Reply = tuple[str, str]  # text, finish reason
@@ -20,6 +21,35 @@ def lines(rows: Sequence[Row], replies: Sequence[Reply], *, template: int = 0) -
     for line, scores in zip(found, score_rows(found), strict=True):
         line["scores"] = scores
     return found
+
+
+def result(
+    predictions: Sequence[Line],
+    history: Sequence[Mapping[str, Any]],
+    *,
+    adapter: Path,
+    unsupported: Mapping[str, str],
+    cost: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of scores.json that predictions and steps give; `unsupported` are tasks, and why."""
+    last = history[-1] if history else {"seconds": 0.0, "num_tokens": 0}
+    reworded = rewording(predictions)
+    return {
+        "version": 1,
+        "scores": aggregate(predictions),
+        **({"rewording": reworded} if reworded else {}),
+        **({"unsupported_tasks": dict(unsupported)} if unsupported else {}),
+        "cost": {
+            **cost,
+            "train_seconds": last["seconds"],
+            "tokens_per_second": last["num_tokens"] / last["seconds"] if history else 0.0,
+            **({"way": last["way"]} if history else {}),
+            "adapter_mb": sum(file.stat().st_size for file in adapter.glob("*.safetensors")) / 1e6,
+            "micro_batch_halvings": last.get("micro_batch_halvings", 0),
+        },
+        "num_steps": len(history),
+        "skipped_steps": sum("skipped" in line for line in history),
+    }
 
 
 def losses(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

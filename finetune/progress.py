@@ -17,7 +17,7 @@ from rich.table import Column
 
 from finetune import runs
 
-STYLES = {"done": "green", "failed": "bold red", "unsupported": "yellow", "running": "cyan", "unfinished": "yellow"}
+STYLES = {"done": "green", "failed": "bold red", "unsupported": "yellow"}  # how a cell of a sweep can end
 
 
 class Progress:
@@ -85,7 +85,7 @@ def summary(outcomes: Sequence[tuple[str, Path, str]]) -> None:
     counts = {kind: sum(outcome == kind for _, _, outcome in outcomes) for kind in STYLES}
     console.print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number), highlight=False)
     for name, run, outcome in outcomes:
-        if outcome in ("failed", "unsupported", "unfinished"):
+        if outcome != "done":
             record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
             why = str(record.get("message") or record.get("reason") or "no record of it could be written, see above")
             log = f" (see {run / 'run.log'})" if outcome == "failed" else ""

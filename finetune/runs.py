@@ -5,6 +5,7 @@ multirun/<study>/<task>[+...]/<model>[+...]/<method>[+...]/seed<k>/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import yaml
 from finetune import claims
 
 State = Literal["done", "unsupported", "running", "failed", "unfinished"]
+FINAL: tuple[State, ...] = ("done", "unsupported")  # the same command again leaves it as it is
 
 MAX_NAME = 99  # bytes; file systems allow 255, and a name must stay readable in a table
 DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw"}
@@ -83,22 +85,10 @@ def ended(run: Path) -> State:
     return "failed" if (run / "failure.json").exists() else "unfinished"
 
 
-def claim(run: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder ours and write its `config.yaml`; raises `claims.Taken`."""
-    run.mkdir(parents=True, exist_ok=True)
-    claims.take(run)
-    begin(run, config)
-
-
 def begin(run: Path, config: Mapping[str, Any]) -> None:
     """A new attempt in a claimed folder: `config.yaml`, and the failure of the attempt before is numbered."""
     _keep_old(run / "failure.json")
     write_text(run / "config.yaml", yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False))
-
-
-def release(run: Path) -> None:
-    """Give the folder back, if it is ours."""
-    claims.release(run)
 
 
 def clear(run: Path) -> None:
@@ -112,7 +102,7 @@ def clear(run: Path) -> None:
 
 def fail(run: Path, *, kind: str, message: str) -> None:
     """Record why the run ended without a result; nothing if it has one, or a record of this attempt."""
-    if any((run / name).exists() for name in ("scores.json", "failure.json", "unsupported.json")):
+    if ended(run) != "unfinished":
         return
     log = tail(run / "run.log", 20)
     write_json(run / "failure.json", {"kind": kind, "message": message, "log": log, "time": time.time()})
@@ -141,6 +131,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """environment.json with its `hashes` by name; a damaged record is no record, and damaged hashes are none."""
+    record: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        record = read_json(run / "environment.json")
+    hashes = record.get("hashes")
+    return {**record, "hashes": hashes if isinstance(hashes, dict) else {}}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

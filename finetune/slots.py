@@ -30,23 +30,28 @@ def process_of(launch: Mapping[str, Any], *, several: bool, deterministic: bool 
 class Slot:
     """A share of the machine, for one job after the other; the worker may have begun to import before the first."""
 
-    def __init__(self, share: Mapping[str, str], *, worker: Worker | None = None) -> None:
+    def __init__(self, share: Mapping[str, str]) -> None:
         self.share = share
-        self.worker = worker
+        self.worker: Worker | None = None
         self.base: str | None = None  # that its process keeps
 
     def start(self, run: Path, launch: Mapping[str, Any], *, way: Way) -> Job:
         """Start the job of a claimed folder."""
         if launch["num_processes"] == 1:
-            if self.worker is None or self.worker.over(way):
+            if self.worker and self.worker.over(way):
                 self.close()
-                self.worker = Worker(self.share)
-            self.worker.start(run, way=way)
-            return Job(run, self.worker)
+            worker = self.begun()
+            worker.start(run, way=way)
+            return Job(run, worker)
         if self.worker and self.worker.stays:  # it holds memory of the device
             self.close()
         with (run / "run.log").open("ab") as log:
             return Job(run, started(command(run, launch), self.share, stdout=log, stderr=subprocess.STDOUT))
+
+    def begun(self) -> Worker:
+        """The worker, which imports from now on if it did not before."""
+        self.worker = self.worker or Worker(self.share)
+        return self.worker
 
     def close(self) -> None:
         """End the worker."""
@@ -66,8 +71,8 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.process = started(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
         self.answers: list[int] = []
-        self.used = self.ended = False  # did it begin a job, and was it killed? It may not be gone yet
-        self.stays = self.once = False  # does the job run in the worker itself, and is it the only one?
+        self.way: Way | None = None  # of the job that it was asked for last
+        self.ended = False  # was it killed? It may not be gone yet
 
     def check(self, parts: Sequence[Mapping[str, Any]]) -> Any:
         """`preflight.findings`; None if there are none, see `last_words`."""
@@ -78,12 +83,13 @@ class Worker:
 
     def over(self, way: Way) -> bool:
         """Can it take no further job of that kind?"""
-        busy = self.used and len(self.answers) < 2  # with a job that could not be killed
-        return self.ended or busy or self.process.poll() is not None or (way == "new" and self.used)
+        used = self.way is not None
+        busy = used and len(self.answers) < 2  # with a job that could not be killed
+        return self.ended or busy or self.process.poll() is not None or (way == "new" and used)
 
     def start(self, run: Path, *, way: Way) -> None:
         """Ask for a job; its process id follows when the worker is ready."""
-        self.answers, self.used, self.stays, self.once = [], True, way != "fork", way == "new"
+        self.answers, self.way = [], way
         self._ask({"run": str(run.resolve()), "threads": self.threads, "stays": self.stays})
 
     def _ask(self, what: Mapping[str, Any]) -> None:
@@ -92,6 +98,11 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # a dead worker is seen by `poll`
             while left:
                 left = left[self.process.stdin.write(left) :]
+
+    @property
+    def stays(self) -> bool:
+        """Does the job run in the worker itself?"""
+        return self.way in ("new", "stay")
 
     @property
     def pid(self) -> int:
@@ -108,7 +119,7 @@ class Worker:
             self.answers.append(int(line))
         if len(self.answers) < 2:
             return None
-        if self.once or (self.stays and self.answers[1] != 0):  # what failed may have left anything behind
+        if self.way == "new" or (self.stays and self.answers[1] != 0):  # what failed may have left anything behind
             self._kill()
         return self.answers[1]
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a job for a checkpoint
 STATUS = 75  # EX_TEMPFAIL of sysexits.h, of a job and of a sweep: the same command goes on
 PATIENCE = 20.0  # seconds for what is at work to come to a good end; a sweep kills after 40
 
@@ -24,7 +25,7 @@ class Stop:
 
     def listen(self) -> None:
         """Take the signals, of which a second SIGINT ends the process at once."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self._take)
         signal.signal(signal.SIGALRM, self._lose_patience)
 

@@ -30,17 +30,19 @@ Failures = Mapping[Path, tuple[int, int] | None]  # what tells each folder's fai
 def slots(
     todo: Sequence[Cell], num_gpus: int, stack: contextlib.ExitStack, *, first: Worker | None = None
 ) -> list[Slot]:
-    """Room for the cells that run at once, each with a worker that begins to import; `first` is that of the first."""
-    found = []
-    for share in _shares(todo, num_gpus)[: max(1, len(todo))]:
-        found.append(stack.enter_context(contextlib.closing(Slot(share))))
-        if todo:
-            # `first` was started on the whole machine, whose GPUs its driver has counted: with one it is the same.
-            fits = len(found) == 1 and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in share
-            found[-1].worker = (first if fits else None) or Worker(share)
-    if first and found[0].worker is not first:
+    """Room for the cells that run at once, with workers that begin to import; `first` may be that of the first."""
+    room = [Slot(share) for share in _shares(todo, num_gpus)[: max(1, len(todo))]]
+    for slot in room:
+        stack.enter_context(contextlib.closing(slot))
+    # `first` was started on the whole machine, whose GPUs its driver has counted: with one it is the same.
+    if first and num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in room[0].share:
+        room[0].worker = first
+    if any(cell.config["launch"]["num_processes"] == 1 for cell in todo):  # others have processes of their own
+        for slot in room:
+            slot.begun()
+    if first and room[0].worker is not first:
         first.close()
-    return found
+    return room
 
 
 def failures(todo: Sequence[Cell]) -> Failures:
@@ -69,7 +71,7 @@ class Sweep:
     def __init__(self, todo: Sequence[Cell], free: list[Slot], progress: Progress, before: Failures) -> None:
         self.free, self.progress = free, progress
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
-        left = [cell for cell in todo if runs.state(cell.folder) not in ("done", "unsupported")]
+        left = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
         self.several = len(left) > len(free)  # do cells follow one another on a device?
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
@@ -107,7 +109,7 @@ class Sweep:
             self.progress.say(f"stopping {len(jobs)} cells at their next checkpoint; once more ends them at once")
         stop(jobs, hurried=lambda: len(asked) > before)
         for folder in self.at_work:
-            runs.release(folder)
+            claims.release(folder)
 
     def _next(self, slot: Slot) -> Cell:
         """The first cell on the base that the slot's process keeps, else the first."""
@@ -130,7 +132,7 @@ class Sweep:
     def _begin(self, cell: Cell, slot: Slot) -> Job | str:
         """Start a cell's job; or what became of the cell without one: done, unsupported, failed, or running."""
         state = runs.state(cell.folder)
-        if state in ("done", "unsupported"):
+        if state in runs.FINAL:
             return state
         if state == "failed" and self._failed_elsewhere(cell.folder):
             return "failed"
@@ -144,7 +146,7 @@ class Sweep:
         try:
             return _claimed(cell, slot, several=self.several)
         except OSError as error:
-            runs.release(cell.folder)
+            claims.release(cell.folder)
             return _refuse(cell, str(error))
 
     def _failed_elsewhere(self, folder: Path) -> bool:
@@ -158,7 +160,7 @@ class Sweep:
         _, _, slot = self.at_work.pop(cell.folder)
         self.free.append(slot)
         outcome = runs.ended(cell.folder)  # before another sweep can take it
-        runs.release(cell.folder)
+        claims.release(cell.folder)
         self._end(cell, "failed" if outcome == "unfinished" else outcome)  # a full disk takes no failure.json
         if not (self.waiting or self.elsewhere):
             slot.close()  # what it keeps is memory that those still at work may want
@@ -178,11 +180,11 @@ class Sweep:
 
 def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
-    if (cell.folder / "scores.json").exists():
-        runs.release(cell.folder)
+    if runs.ended(cell.folder) == "done":
+        claims.release(cell.folder)
         return "done"
     if problems := refusals(cell):
-        runs.release(cell.folder)
+        claims.release(cell.folder)
         return _refuse(cell, "; ".join(problems))
     runs.begin(cell.folder, cell.config)
     runs.clear(cell.folder)
@@ -193,7 +195,7 @@ def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
         slot.base = _base(cell) if how == "stay" else None
         return slot.start(cell.folder, launch, way=how)
     runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
-    runs.release(cell.folder)
+    claims.release(cell.folder)
     return "unsupported"
 
 

@@ -6,36 +6,30 @@ the data and weights that the configuration names) and fills it.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
 import sys
 import time
-import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from accelerate.utils import set_seed
 
-from finetune import checks, general, outcome, runs
+from finetune import checks, failure, general, outcome, runs
 from finetune import config as settings
 from finetune.answers import Answering, decoding
+from finetune.attach import attached
 from finetune.budget import planned
-from finetune.environment import peak_memory_gib, usable_precision
+from finetune.environment import peak_memory_gib
 from finetune.feeder import mean_loss
-from finetune.job import Job, base_of, load_job
+from finetune.job import Job, load_job, reloaded
 from finetune.loop import Loop
-from finetune.memory import out_of_memory
-from finetune.methods.build import build
-from finetune.models.load import Base
 from finetune.probe import Probe, State, Subject
 from finetune.resume import Keeper, refuse_small_disk
-from finetune.scores import aggregate
 from finetune.shelf import Shelf
 from finetune.stop import STATUS, Stop, Stopped
 from finetune.track import Tracker
@@ -58,7 +52,7 @@ def train(run: Path, stop: Stop, bases: Shelf) -> None:
     tracker = Tracker(run, config if job.main else None)
     probe, general_loss = _probe(job, steps), _general_loss(job, job.base.model)
     base_states, base_seconds = _measured(job, probe, job.base.model)
-    model, counts = _attach(job, num_steps=len(steps))
+    model, counts = attached(job, num_steps=len(steps))
     start_states, start_seconds = _measured(job, probe, model)
     keeper = _keeper(job, num_steps=len(steps), stop=stop)
     answering = Answering(job, model, stop)
@@ -75,7 +69,7 @@ def train(run: Path, stop: Stop, bases: Shelf) -> None:
         memory = max([peak_memory_gib(job.accelerator.device), *(line["peak_memory_gib"] for line in history)])
         subject = Subject(job.method, model, job.base.model)
         before = (*base_states, *start_states)
-        found = checks.examine(probe, subject, before, reload=lambda: _reload(job), optim=config["optim"])
+        found = checks.examine(probe, subject, before, reload=lambda: reloaded(job), optim=config["optim"])
         now = time.perf_counter()
         seconds = {
             "predict_seconds": predicted - started + answering.earlier,
@@ -84,7 +78,8 @@ def train(run: Path, stop: Stop, bases: Shelf) -> None:
         }
         sizes = {"prediction_batch_halvings": answering.halvings}
         sizes |= {"batch_tokens": batch_tokens} if batch_tokens else {}
-        result = _result(job, predictions, history, cost={**counts, **seconds, **sizes, "peak_memory_gib": memory})
+        cost = {**counts, **seconds, **sizes, "peak_memory_gib": memory}
+        result = outcome.result(predictions, history, adapter=run / "adapter", unsupported=job.unanswerable, cost=cost)
         result |= {"loss": outcome.losses(history) or own, "checks": found, "resumed": keeper.resumed()}
         result |= {"forgetting": forgetting} if forgetting else {}
         runs.write_json(run / "scores.json", outcome.finite(result))
@@ -99,19 +94,6 @@ def _unsupported(job: Job) -> None:
     log.info("unsupported: %s", reasons)
     if job.main:
         runs.write_json(job.run / "unsupported.json", {"reason": f"{job.config['method']['name']} {reasons}"})
-
-
-def _attach(job: Job, *, num_steps: int) -> tuple[Any, dict[str, Any]]:
-    """The model to train, and its parameter counts."""
-    set_seed(job.config["seed"])
-    before = {id(parameter) for parameter in job.base.model.parameters()}
-    model = job.method.attach(
-        job.base.model, tokenizer=job.base.tokenizer, num_steps=num_steps, train_rows=job.split.train
-    )
-    _checkpoint_activations(job)
-    model = model.to(job.accelerator.device)
-    learnt = job.method.fit(model, job.split.train, encode=job.encode, lr=settings.learning_rate(job.config))
-    return model, _count(model, job.base, before=before, learnt=learnt)
 
 
 def _keeper(job: Job, *, num_steps: int, stop: Stop) -> Keeper:
@@ -195,71 +177,6 @@ def _general_loss(job: Job, model: Any, *, key: str = "base") -> dict[str, Any]:
         return {key: mean_loss(model, text, feeder=feeder, accelerator=job.accelerator), "text": Path(name).name}
 
 
-def _reload(job: Job) -> Subject:
-    """The saved model on a fresh base."""
-    precision = usable_precision(job.config["model"]["precision"], job.accelerator.device)[0]
-    intact = job.method.leaves_base_intact
-    fresh = base_of(job.config, job.accelerator.device, job.bases, precision=precision, intact=intact)
-    method = build(job.config["method"])
-    model = method.load(fresh.model, job.run / "adapter")
-    return Subject(method, model.to(job.accelerator.device), fresh.model)
-
-
-def _result(
-    job: Job, predictions: Sequence[outcome.Line], history: Sequence[Mapping[str, Any]], *, cost: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of scores.json that predictions and steps give."""
-    last = history[-1] if history else {"seconds": 0.0, "num_tokens": 0}
-    files = (job.run / "adapter").glob("*.safetensors")
-    rewording = outcome.rewording(predictions)
-    return {
-        "version": 1,
-        "scores": aggregate(predictions),
-        **({"rewording": rewording} if rewording else {}),
-        **({"unsupported_tasks": dict(job.unanswerable)} if job.unanswerable else {}),
-        "cost": {
-            **cost,
-            "train_seconds": last["seconds"],
-            "tokens_per_second": last["num_tokens"] / last["seconds"] if history else 0.0,
-            **({"way": last["way"]} if history else {}),
-            "adapter_mb": sum(file.stat().st_size for file in files) / 1e6,
-            "micro_batch_halvings": last.get("micro_batch_halvings", 0),
-        },
-        "num_steps": len(history),
-        "skipped_steps": sum("skipped" in line for line in history),
-    }
-
-
-def _checkpoint_activations(job: Job) -> None:
-    """Recompute activations in the backward pass, where that is asked for and the method allows it."""
-    if not job.config["model"]["checkpoint_activations"]:
-        return
-    if job.method.checkpointable:
-        job.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        log.warning("%s cannot checkpoint activations: trained without", job.config["method"]["name"])
-
-
-def _count(model: Any, base: Base, *, before: set[int], learnt: int) -> dict[str, Any]:
-    """Parameters; a 4-bit base counts what it stands for, not its packed bytes."""
-    trained = learnt + sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = learnt + base.num_parameters + sum(p.numel() for p in model.parameters() if id(p) not in before)
-    return {"trainable_parameters": trained, "total_parameters": total, "trainable_percent": 100 * trained / total}
-
-
-def _kind(error: BaseException) -> str:
-    """The kind of failure.json that an error is."""
-    text = str(error)
-    if out_of_memory(error):
-        return "out of memory"
-    if isinstance(error, FloatingPointError):
-        return "not-a-number"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "inline_container" in text or "No space left" in text:  # how torch and safetensors say it
-        return "no space"
-    return "error"
-
-
 def main(run: Path, bases: Shelf | None = None) -> None:
     """Run a folder; a failure is written into it and exits with status 1, a polite end with 75.
 
@@ -278,19 +195,8 @@ def main(run: Path, bases: Shelf | None = None) -> None:
         if stop.asked and (isinstance(error, Stopped) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             log.info("stopped as asked; the same command goes on")
             sys.exit(STATUS)
-        _fail(run, error)
+        failure.tell(run, error)
         sys.exit(1)
-
-
-def _fail(run: Path, error: BaseException) -> None:
-    """failure.json, and the last lines of run.log."""
-    if not isinstance(error, ValueError):
-        traceback.print_exception(error)
-    message = " ".join(f"{error}".split()) or type(error).__name__
-    if _kind(error) == "no space":
-        message = f"no space left for {run}: {message}"
-    print(f"{type(error).__name__}: {message}", flush=True)
-    runs.fail(run, kind=_kind(error), message=message[:2000])
 
 
 if __name__ == "__main__":

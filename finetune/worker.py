@@ -26,8 +26,7 @@ from finetune.launch import die_with_parent
 from finetune.memory import forget_peaks, free
 from finetune.preflight import findings
 from finetune.shelf import Shelf
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a job for a checkpoint
+from finetune.stop import SIGNALS
 
 
 def main() -> None:

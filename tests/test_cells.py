@@ -125,8 +125,8 @@ def test_all_problems_are_listed_together(tmp_path):
 def test_a_folder_of_another_configuration_is_refused(tmp_path):
     [cell] = compose(root=tmp_path)
     old = {**cell.config, "optim": {**cell.config["optim"], "batch_rows": 4}}
-    runs.claim(cell.folder, old)
-    runs.release(cell.folder)
+    cell.folder.mkdir(parents=True)
+    runs.begin(cell.folder, old)
     with pytest.raises(Invalid, match=r"optim.batch_rows: 4 -> 8"):
         compose(root=tmp_path)
 
@@ -135,16 +135,16 @@ def test_a_folder_of_an_earlier_version_without_a_key_that_is_null_is_the_same(t
     [cell] = compose(root=tmp_path)
     assert cell.config["optim"]["batch_tokens"] is None
     optim = {key: value for key, value in cell.config["optim"].items() if key != "batch_tokens"}
-    runs.claim(cell.folder, {**cell.config, "optim": optim})
-    runs.release(cell.folder)
+    cell.folder.mkdir(parents=True)
+    runs.begin(cell.folder, {**cell.config, "optim": optim})
     [same] = compose(root=tmp_path)
     assert same.folder == cell.folder
 
 
 def test_launch_and_tracking_are_no_part_of_the_identity(tmp_path):
     [cell] = compose(root=tmp_path)
-    runs.claim(cell.folder, cell.config)
-    runs.release(cell.folder)
+    cell.folder.mkdir(parents=True)
+    runs.begin(cell.folder, cell.config)
     [same] = compose("launch.device=cpu", "wandb.mode=disabled", root=tmp_path)
     assert same.folder == cell.folder
 

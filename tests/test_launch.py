@@ -140,7 +140,7 @@ def worker(tmp_path):
     found = Worker.__new__(Worker)
     found.said = tempfile.TemporaryFile()  # noqa: SIM115
     found.process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-    found.threads, found.answers, found.used, found.ended, found.stays, found.once = 1, [], False, False, False, False
+    found.threads, found.answers, found.way, found.ended = 1, [], None, False
     yield found
     found.close()
 
@@ -161,7 +161,7 @@ def test_a_worker_takes_the_jobs_that_it_can(worker, tmp_path):
 )
 def test_the_first_worker_serves_the_share_that_it_sees(monkeypatch, worker, num_gpus, jobs, kept):
     made = []
-    monkeypatch.setattr("finetune.sweep.Worker", lambda share: made.append(share) or worker)
+    monkeypatch.setattr("finetune.slots.Worker", lambda share: made.append(share) or worker)
     launch = ONE | {"jobs": jobs}
     cell = Cell({"launch": launch, "model": {"path": "somewhere"}, "scale": "tiny"}, Path("a/b/c/d/e"))
     with contextlib.ExitStack() as stack:

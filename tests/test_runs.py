@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from finetune import runs
+from finetune import claims, runs
 
 CONFIG = {"study": "main", "seed": 3, "model": {"name": "qwen"}, "method": {"name": "lora"}, "task": {"name": "clinic"}}
 
@@ -41,9 +41,10 @@ def test_long_names_that_differ_stay_different():
 
 def test_the_files_are_the_state(tmp_path):
     assert runs.state(tmp_path) == "unfinished"
-    runs.claim(tmp_path, CONFIG)
+    claims.take(tmp_path)
+    runs.begin(tmp_path, CONFIG)
     assert runs.state(tmp_path) == "running"
-    runs.release(tmp_path)
+    claims.release(tmp_path)
     runs.fail(tmp_path, kind="error", message="no")
     assert runs.state(tmp_path) == "failed"
     runs.write_json(tmp_path / "scores.json", {})
@@ -53,10 +54,11 @@ def test_the_files_are_the_state(tmp_path):
 
 def test_failures_are_kept(tmp_path):
     for message in ("first", "second", "third"):
-        runs.claim(tmp_path, CONFIG)
+        claims.take(tmp_path)
+        runs.begin(tmp_path, CONFIG)
         runs.fail(tmp_path, kind="error", message=message)
         runs.fail(tmp_path, kind="error", message="an echo of the same attempt")
-        runs.release(tmp_path)
+        claims.release(tmp_path)
     kept = [runs.read_json(tmp_path / f"failure{n}.json")["message"] for n in (".1", ".2", "")]
     assert kept == ["first", "second", "third"]
 
@@ -77,7 +79,7 @@ def test_lone_surrogates_survive(tmp_path):
 
 def test_find_lists_run_folders(tmp_path):
     run = runs.folder(tmp_path, CONFIG, [])
-    runs.claim(run, CONFIG)
-    runs.release(run)
+    run.mkdir(parents=True)
+    runs.begin(run, CONFIG)
     (tmp_path / "main" / "wandb").mkdir()
     assert runs.find(tmp_path) == [run]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import custom_op
 from torch.nn.functional import linear
 
 Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # x, x A^T (tokens, rank), W, A, B
@@ -64,7 +63,7 @@ class _LowRank(Function):
 
 
 # A compiled layer calls these as they are: of a product that is added to another, a compiler makes copy and product.
-_product = custom_op(
+_product = torch.library.custom_op(
     "finetune::low_rank",
     _forward,
     mutates_args=(),
@@ -72,7 +71,7 @@ _product = custom_op(
 )
 
 
-@custom_op(
+@torch.library.custom_op(
     "finetune::low_rank_backward",
     mutates_args=(),
     schema="(Tensor y, Tensor x, Tensor xa, Tensor? w, Tensor a, Tensor b, bool onwards) -> (Tensor, Tensor, Tensor)",
