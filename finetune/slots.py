@@ -61,13 +61,13 @@ class Slot:
 
 
 class Worker:
-    """A `finetune.worker`, and the job that it runs now."""
+    """A `finetune.serve`, and the job that it runs now."""
 
     def __init__(self, share: Mapping[str, str]) -> None:
         self.threads = int(share.get("OMP_NUM_THREADS", 0))  # 0: as many as torch likes
         # Its own words; a job of it writes into run.log. Closed with the slot.
         self.said = tempfile.TemporaryFile()  # noqa: SIM115
-        words = [sys.executable, "-m", "finetune.worker"]
+        words = [sys.executable, "-m", "finetune.serve"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.process = started(words, share, **pipes, bufsize=0)  # a buffered line is none that `select` sees
         self.answers: list[int] = []

@@ -1,4 +1,4 @@
-"""`python -m finetune.worker`: imports what a job needs once, then serves a sweep, line by line, and dies with it.
+"""A worker: it has imported what a job needs, serves a sweep, line by line, and dies with it. See finetune.serve.
 
 {"check": [parts]} asks for `preflight.findings`, one JSON line; null if there are none. {"run": folder, "threads": N,
 "stays": bool} asks for a job: its process id follows, and at its end its exit status. A job is a fork with a session of
@@ -140,7 +140,3 @@ def _log_of(run: Path) -> Iterator[None]:
         for number, old in enumerate(before):
             os.dup2(old, number)
             os.close(old)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """Small bases made on the spot, for every test that needs one."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -51,3 +52,9 @@ def pytest_collection_modifyitems(items):
     """Whole grids first: a file is one worker's, and the longest must not be the last."""
     long = ("test_main.py", "test_experiment.py", "test_notebooks.py", "test_miniature.py")
     items.sort(key=lambda item: item.path.name not in long)
+
+
+def pytest_collection_finish():
+    """Libraries stay: the collections that a training ends with need not look through them each time."""
+    gc.collect()
+    gc.freeze()
