@@ -16,7 +16,7 @@ LORA = {"peft.LoraConfig": 1, "finetune.methods.lora_plus.LoraPlus": 1, "finetun
 # Arguments with which LoRA is still x W + s x A B on the base as it lies on the disk; any other is refused.
 PLAIN = (
     *("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "velora_config"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("lr_ratio", "update_ratio", "warmup"),
 )
 STARTS = (None, True, False, "gaussian", "orthogonal", "mica")  # init_lora_weights that leave the base's alone

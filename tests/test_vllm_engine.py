@@ -6,7 +6,6 @@ What vLLM itself makes of what it is given is not tested: it wants a GPU.
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,15 +56,24 @@ def decoding(batch_rows=5, ends=(2,)):
     return evaluate.Decoding(max_new_tokens=9, batch_rows=batch_rows, end_ids=ends, pad_id=0)
 
 
-def job(run, base, *words, **environment):
-    """A job on a folder as the sweep leaves it, ended."""
-    if not (run / "config.yaml").exists():
-        [cell] = cells(get_args_parser().parse_intermixed_args([*QUICK, f"model.path={base}", *words]), root=run)
-        run.mkdir()
-        runs.write_text(run / "config.yaml", json.dumps(cell.config))
-    words = [sys.executable, "-m", "finetune.train", str(run)]
-    known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(words, env=known, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+def job(run, base, *words):
+    """A folder as the sweep leaves it to a job."""
+    [cell] = cells(get_args_parser().parse_intermixed_args([*QUICK, f"model.path={base}", *words]), root=run)
+    run.mkdir()
+    runs.write_text(run / "config.yaml", json.dumps(cell.config))
+    return run
+
+
+def begun(run, **environment):
+    known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with (run / "run.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "finetune.train", str(run)], env=known, cwd=ROOT, stdout=log, stderr=log
+        )
+
+
+def ended(run, **environment):
+    assert begun(run, **environment).wait(timeout=200) == 0, (run / "run.log").read_text()
 
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["base", "lora"])
@@ -123,55 +131,33 @@ def test_its_death_is_said(engine, standin, monkeypatch, examples):
         list(engine().predict([examples[0].ids], decoding()))
 
 
-def test_a_job_that_is_killed_takes_it_along(engine, standin, base, tmp_path):
+def test_a_run_is_the_same_by_either_backend(base, standin, tmp_path):
     environment, given = standin
-    [cell] = cells(
-        get_args_parser().parse_intermixed_args([*QUICK, f"model.path={base}", "method=none", VLLM]), root=tmp_path
-    )
-    runs.claim(tmp_path / "run", cell.config)
-    words = [sys.executable, "-m", "finetune.train", str(tmp_path / "run")]
-    known = {**os.environ, "OMP_NUM_THREADS": "1", **environment, "STANDIN_HANGS": "1"}
-    process = subprocess.Popen(words, env=known, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(given("prompts")) == 2, while_runs=process)
-    [start] = given("start")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    wait_for(lambda: not psutil.pid_exists(start["pid"]), seconds=10)
-
-
-@pytest.mark.parametrize("method", ["none", "lora"])
-def test_a_run_is_the_same_by_either_backend(base, standin, tmp_path, method):
-    environment, given = standin
-    for name, words in (("own", ()), ("vllm", (VLLM,))):
-        done = job(tmp_path / name, base, f"method={method}", *words, **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-    own, other = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("own", "vllm"))
+    folders = [job(tmp_path / name, base, "method=lora", *words) for name, words in (("own", ()), ("vllm", (VLLM,)))]
+    for folder in folders:
+        ended(folder, **environment, STANDIN_ROOM="2")  # less than batch_rows
+    own, other = (json.loads((folder / "scores.json").read_text()) for folder in folders)
     for key in ("scores", "rewording", "loss", "checks"):
         assert own[key] == other[key], key
     assert (tmp_path / "own/predictions.jsonl").read_text() == (tmp_path / "vllm/predictions.jsonl").read_text()
-    [start] = given("start")  # one engine for the rows and their rewordings
-    assert start["model"] == str(base)
-    assert start["dtype"] == "float32"
-    assert {*given("adapter")} == {None if method == "none" else str(tmp_path / "vllm" / "adapter")}
-    assert not psutil.pid_exists(start["pid"])
+    assert other["cost"]["prediction_batch_halvings"] == 1
+    starts = given("start")  # not once more for the rows in other words
+    assert [start["max_num_seqs"] for start in starts] == [4, 2]
+    assert {(start["model"], start["dtype"]) for start in starts} == {(str(base), "float32")}
+    assert {*given("adapter")} == {str(tmp_path / "vllm" / "adapter")}
+    assert not any(psutil.pid_exists(start["pid"]) for start in starts)
 
 
-def test_answers_that_were_given_are_not_asked_for_again(base, standin, tmp_path):
+def test_a_job_that_is_killed_takes_it_along_and_asks_for_the_rest_later(base, standin, tmp_path):
     environment, given = standin
-    words = ("method=none", VLLM, "evaluate.rewording_rows=0")
-    broken = job(tmp_path / "run", base, *words, **environment, STANDIN_BREAKS="1")
-    assert broken.returncode == 1
-    assert "evaluate.backend=vllm: RuntimeError: a kernel failed" in (tmp_path / "run" / "failure.json").read_text()
-    assert job(tmp_path / "run", base, **environment).returncode == 0
-    assert [len(batch) for batch in given("prompts")] == [4, 4, 4, 2]  # the second fails, and is asked for again
+    folder = job(tmp_path / "run", base, "method=none", VLLM, "evaluate.rewording_rows=0")
+    process = begun(folder, **environment, STANDIN_HANGS="1")
+    wait_for(lambda: len(given("prompts")) == 2, while_runs=process)
+    [start] = given("start")
+    process.kill()
+    process.wait()
+    wait_for(lambda: not psutil.pid_exists(start["pid"]), seconds=10)
+    ended(folder, **environment)
+    assert [len(batch) for batch in given("prompts")] == [4, 4, 4, 2]
     assert given("prompts")[1] == given("prompts")[2]
-
-
-def test_where_memory_runs_out_it_begins_anew_with_fewer_rows(base, standin, tmp_path):
-    environment, given = standin
-    done = job(
-        tmp_path / "run", base, "method=none", VLLM, "evaluate.rewording_rows=0", **environment, STANDIN_ROOM="2"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [start["max_num_seqs"] for start in given("start")] == [4, 2]
-    assert json.loads((tmp_path / "run" / "scores.json").read_text())["cost"]["prediction_batch_halvings"] == 1
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 10
