@@ -74,7 +74,7 @@ def _preflight(open_cells: list[Cell], todo: list[Cell], worker: Worker) -> int:
     """
     asked: dict[str, dict[str, Any]] = {}
     for cell in open_cells:
-        part = {key: cell.config[key] for key in ("model", "method", "task", "optim", "scale")}
+        part = {key: cell.config[key] for key in ("model", "method", "task", "optim", "evaluate", "launch", "scale")}
         asked.setdefault(json.dumps(part, sort_keys=True), part)
     found = worker.check(list(asked.values()))
     if found is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,18 @@ from accelerate.utils import gather_object
 
 from finetune import evaluate, outcome, runs
 from finetune.data import rows
+from finetune.environment import usable_precision
 from finetune.job import Job, asked_of
 from finetune.memory import free, out_of_memory, too_much
 from finetune.models.tokenizer import Example
 from finetune.resume import PARTIAL
 from finetune.stop import Stop
+from finetune.vllm_engine import Engine
 
 log = logging.getLogger("finetune")
 
 Said = tuple[list[int], str]  # new tokens, finish reason
+Predict = Callable[[Sequence[Sequence[int]], evaluate.Decoding], Iterator[list[evaluate.Answer]]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,23 @@ def decoding(job: Job) -> evaluate.Decoding:
     )
 
 
+def _engine(job: Job) -> Engine:
+    """vLLM on the base as it lies on the disk and the adapter as it was saved; neither is read before the first row."""
+    config, adapter = job.config, job.run / "adapter"
+    tokens = config["task"]["max_prompt_tokens"] + decoding(job).max_new_tokens
+    positions = getattr(job.base.model.config, "max_position_embeddings", None)
+    llm = {
+        "model": str(job.base.folder),
+        "trust_remote_code": config["model"]["trust_remote_code"],
+        "dtype": usable_precision(config["model"]["precision"], job.accelerator.device)[0],
+        "max_model_len": min(tokens, positions or tokens),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no penalties of the base's own
+        "seed": config["seed"],
+    }
+    return Engine(llm, adapter=adapter if job.method.trains else None)
+
+
 class Answering:
     """The answers of one model to the validation rows; batches that an earlier process finished are not repeated."""
 
@@ -57,9 +79,17 @@ class Answering:
         self.batch_rows: int = job.config["evaluate"]["batch_rows"]
         self.halvings = 0  # of `batch_rows`, where memory ran out
         self.earlier = 0.0  # seconds of answering before this process
+        self.predict: Predict = functools.partial(evaluate.predict, model)
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of predictions.jsonl, written: every validation row, then some of them in other words."""
+        with contextlib.ExitStack() as stack:
+            if self.job.config["evaluate"].get("backend") == "vllm":
+                free()  # what training has left is vLLM's to use
+                self.predict = stack.enter_context(contextlib.closing(_engine(self.job))).predict
+            return self._lines()
+
+    def _lines(self) -> list[dict[str, Any]]:
         job = self.job
         found = outcome.lines(job.split.valid, self._replies(job.asked, template=0))
         for number, template in enumerate(job.config["task"]["rewordings"], start=1):
@@ -105,7 +135,7 @@ class Answering:
         began = time.perf_counter()
         try:
             how = replace(decoding(self.job), batch_rows=self.batch_rows)
-            for answers in evaluate.predict(self.model, prompts, how):
+            for answers in self.predict(prompts, how):
                 yield Batch(answers, time.perf_counter() - began)
                 began = time.perf_counter()
             return

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.backend import unable
 from finetune.schema import Config
 
 DATA_FILES = ("path", "valid_path")  # keys of task.source
@@ -97,6 +98,7 @@ def _across(config: Config) -> Iterator[str]:
         yield f"evaluate.forgetting_text={text}: there is no such file; null leaves the measurement out"
     if config.method.quantize and config.method.adapter.target == "finetune.methods.full.Full":
         yield f"method.quantize={config.method.quantize}: quantized weights cannot be trained; use method.quantize=null"
+    yield from unable(config)
 
 
 def _line(detail: Any, config: Mapping[str, Any]) -> str:

@@ -41,13 +41,17 @@ class Decoding:
     replayed: bool = False  # on a GPU, the steps of that as CUDA graphs
 
 
+def planned(prompts: Sequence[Sequence[int]], batch_rows: int) -> list[list[int]]:
+    """The numbers of the prompts that are answered together, longest prompts first."""
+    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
+    return [order[first : first + batch_rows] for first in range(0, len(order), batch_rows)]
+
+
 @torch.no_grad()
 def predict(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[Answer]]:
     """Answers in batches, longest prompts first."""
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
-    for first in range(0, len(order), decoding.batch_rows):
-        numbers = order[first : first + decoding.batch_rows]
+    for numbers in planned(prompts, decoding.batch_rows):
         ids = [torch.tensor(prompts[n], device=model.device) for n in numbers]
         inputs = pad_sequence(ids, True, decoding.pad_id, decoding.padding_side)  # (rows, longest)
         mask = pad_sequence([torch.ones_like(part) for part in ids], True, 0, decoding.padding_side)

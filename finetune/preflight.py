@@ -1,9 +1,9 @@
-"""The checks that need the libraries, before a sweep starts: data, optimizer, adapter arguments."""
+"""The checks that need the libraries, before a sweep starts: data, optimizer, adapter arguments, who answers."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ from finetune.methods.build import build
 
 
 def findings(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is `wrong` with {model, method, task, optim, scale}, `num_gpus`, and each task's (as JSON) `data` hash.
+    """What is `wrong` with {model, method, task, optim, evaluate, launch, scale}, `num_gpus`, the tasks' `data` hashes.
 
-    In a fork of a worker: nothing here may touch a GPU but to count them.
+    A task is named by its JSON. In a fork of a worker: nothing here may touch a GPU but to count them.
     """
     found: dict[str, None] = {}
     seen: set[str] = set()
@@ -28,7 +28,9 @@ def findings(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         data[json.dumps(task, sort_keys=True)] = rows.load(task).data_hash
 
     for part in parts:
-        for check, what in ((read, part["task"]), (build, part["method"]), (optimizer, part["optim"])):
+        answers = {"backend": part["evaluate"]["backend"], "device": part["launch"]["device"]}
+        checks = ((read, part["task"]), (build, part["method"]), (optimizer, part["optim"]), (backend, answers))
+        for check, what in checks:
             key = json.dumps([check.__qualname__, what], sort_keys=True)
             if key not in seen:
                 seen.add(key)
@@ -50,6 +52,20 @@ def optimizer(optim: Mapping[str, Any]) -> None:
             raise ValueError("optim.optimizer.lr: the learning rate is optim.lr, or the method's own")
         if key not in (*takes, "_target_"):
             raise ValueError(f"optim.optimizer.{key}: {target} takes no such argument{_near(key, takes)}")
+
+
+def backend(answers: Mapping[str, Any]) -> None:
+    """Raise ValueError if `evaluate.backend` is not there, or cannot work on `launch.device`."""
+    if answers["backend"] != "vllm":
+        return
+    package, device, wrong = importlib.util.find_spec("vllm"), answers["device"], []
+    if not (package and package.origin):  # a mere folder of that name has no origin
+        wrong.append("the package vllm is not installed: pip install vllm, or leave evaluate.backend out")
+    if device == "cpu" or not torch.cuda.device_count():
+        found = "launch.device=cpu" if device == "cpu" else "this host shows none"
+        wrong.append(f"it needs a GPU ({found}); leave evaluate.backend out")
+    if wrong:
+        raise ValueError("\n".join(f"evaluate.backend=vllm: {text}" for text in wrong))
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -187,6 +187,7 @@ class Launch(Section):
 class Evaluate(Section):
     """How answers are generated."""
 
+    backend: Literal["vllm"] | None = None
     batch_rows: Count
     padding_side: Literal["left", "right"]
     max_new_tokens: Count | None

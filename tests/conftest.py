@@ -9,7 +9,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 
-pytest_plugins = ["report_runs", "grids"]  # run folders written by hand; commands on real processes
+pytest_plugins = ["report_runs", "grids", "vllm_standin"]  # folders written by hand; real commands; in place of vLLM
 
 
 def tiny_base(architecture: str, *, seed: int = 0, vocab_size: int = 96):

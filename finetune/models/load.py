@@ -35,6 +35,7 @@ class Base:
     num_parameters: int  # also when they are packed into 4 bits; tied weights once
     end_ids: tuple[int, ...]  # token ids that end an answer, the taught one first
     rope_factor: float  # by which positions were shrunk; 1 for none
+    folder: Path  # what from_pretrained read
 
 
 def load(
@@ -67,7 +68,8 @@ def _loaded(
     end_ids = tokenizers.end_ids(tokenizer, folder=folder, eos_tokens=eos_tokens)
     _prepare(network, tokenizer, end_ids=end_ids, source=source)
     log(f"loaded {source.name}: {network.num_parameters() / 1e6:.1f} M parameters, {quantize or model['precision']}")
-    return Base(network, tokenizer, source.name, weights_hash, network.num_parameters(), tuple(end_ids), factor)
+    size, ends = network.num_parameters(), tuple(end_ids)
+    return Base(network, tokenizer, source.name, weights_hash, size, ends, factor, folder)
 
 
 @contextlib.contextmanager

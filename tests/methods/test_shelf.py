@@ -1,6 +1,7 @@
 """A base that is kept: the next run finds it as it was."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def loaded(monkeypatch):
     def load(model, **how):
         network = tiny_base(model["architecture"])
         found.append(network)
-        return Base(network, None, "somewhere", "hash", 1, (2,), 1.0)
+        return Base(network, None, "somewhere", "hash", 1, (2,), 1.0, Path())
 
     monkeypatch.setattr("finetune.shelf.load", load)
     monkeypatch.setattr("finetune.shelf.sources.resolve", lambda model, **_: type("Source", (), {"name": "s"})())
