@@ -1,4 +1,4 @@
-"""`python -m finetune.serve`: a `finetune.worker` that imports without looking for garbage, and never again through that.
+"""`python -m finetune.serve`: a `finetune.worker` that imports without looking for garbage, nor ever through that.
 
 Looking through the libraries' million objects takes 13 % of the seconds that importing them does, and half a second at
 the end of every training.
