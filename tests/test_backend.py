@@ -55,8 +55,8 @@ def test_a_run_of_an_earlier_version_stays_the_same_run(tmp_path):
     [cell] = compose(root=tmp_path)
     assert cell.config["evaluate"]["backend"] is None
     old = {key: value for key, value in cell.config["evaluate"].items() if key != "backend"}
-    runs.claim(cell.folder, {**cell.config, "evaluate": old})
-    runs.release(cell.folder)
+    cell.folder.mkdir(parents=True)
+    runs.begin(cell.folder, {**cell.config, "evaluate": old})
     [same] = compose(root=tmp_path)
     assert same.folder == cell.folder
 
@@ -96,8 +96,8 @@ def test_a_grid_with_methods_that_it_cannot_answer_does_not_start(command, tmp_p
 def test_cells_that_are_done_need_no_vllm(command, base, tmp_path):
     words = (*QUICK, f"model.path={base}", "model.linear=[q_proj,v_proj]", "method=none", *HALF)
     [cell] = compose(*words, root=tmp_path / "multirun")
-    runs.claim(cell.folder, cell.config)
+    cell.folder.mkdir(parents=True)
+    runs.begin(cell.folder, cell.config)
     runs.write_json(cell.folder / "scores.json", {})
-    runs.release(cell.folder)
     result = command("method=none", *HALF)
     assert (result.returncode, "1 done" in result.stderr) == (0, True), result.stderr
