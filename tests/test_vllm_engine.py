@@ -131,6 +131,7 @@ def test_its_death_is_said(engine, standin, monkeypatch, examples):
         list(engine().predict([examples[0].ids], decoding()))
 
 
+@pytest.mark.faults  # whole jobs
 def test_a_run_is_the_same_by_either_backend(base, standin, tmp_path):
     environment, given = standin
     folders = [job(tmp_path / name, base, "method=lora", *words) for name, words in (("own", ()), ("vllm", (VLLM,)))]
@@ -148,6 +149,7 @@ def test_a_run_is_the_same_by_either_backend(base, standin, tmp_path):
     assert not any(psutil.pid_exists(start["pid"]) for start in starts)
 
 
+@pytest.mark.faults  # whole jobs
 def test_a_job_that_is_killed_takes_it_along_and_asks_for_the_rest_later(base, standin, tmp_path):
     environment, given = standin
     folder = job(tmp_path / "run", base, "method=none", VLLM, "evaluate.rewording_rows=0")
