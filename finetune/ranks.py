@@ -31,9 +31,12 @@ def main() -> None:
         launch(["--standalone", f"--nproc-per-node={num_processes}", "-m", "finetune.ranks", num_processes, run])
     except SignalException:
         sys.exit(STATUS)
-    except ChildFailedError as error:  # the rank that failed first has said why
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else 128 - code)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        if killed := [128 - code for code in codes if code < 0]:
+            (Path(run) / "failure.json").unlink(missing_ok=True)  # by a rank that lost the dead one: no reason
+            sys.exit(killed[0])
+        sys.exit(error.get_first_failure()[1].exitcode)  # it has said why
 
 
 def _rank() -> None:

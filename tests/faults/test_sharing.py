@@ -55,7 +55,7 @@ def test_who_waits_gets_the_cell_when_the_other_is_stopped(command, tmp_path):
 def test_a_failure_of_the_other_sweep_is_not_tried_again(command, tmp_path, fault):
     """Both would fail in the same way: the cell is tried once, and both commands say that it failed."""
     words = ("-m", "method=lora", "seed=1,2", "launch.jobs=1")
-    places = fault(**{"seed1/predictions.jsonl": "raise", "seed2/predictions.jsonl": "raise"})
+    places = fault(**{"seed1/.predictions.jsonl": "raise", "seed2/.predictions.jsonl": "raise"})
     sweeps = [command(*words, start=True, **places) for _ in range(2)]
     for sweep in sweeps:
         sweep.communicate(timeout=300)
