@@ -180,9 +180,9 @@ class Sweep:
 
 def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
-    if runs.ended(cell.folder) == "done":
+    if (outcome := runs.ended(cell.folder)) in runs.FINAL:
         claims.release(cell.folder)
-        return "done"
+        return outcome
     if problems := refusals(cell):
         claims.release(cell.folder)
         return _refuse(cell, "; ".join(problems))
