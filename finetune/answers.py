@@ -49,7 +49,7 @@ def decoding(job: Job) -> evaluate.Decoding:
         pad_id=job.base.tokenizer.pad_token_id,
         padding_side=options["padding_side"],
         in_places=job.feeder.packed,
-        replayed="decode" in job.method.replayable,
+        replayed="decode" in job.method.replayable and job.config["method"]["quantize"] != "int8",  # looks for outliers
     )
 
 

@@ -97,7 +97,7 @@ class Gradients:
             return self
         parts = [part for rows in steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
-        layers = blocks(self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base)
+        layers = blocks(self._network())
         how = way(asked, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
         if how == "compiled" and "compiled" not in self.method.replayable:
             how = "graph"
@@ -153,7 +153,12 @@ class Gradients:
         """Can steps be recorded? float32 has no attention by row bounds, float16's loss is scaled, noise is a hook."""
         able = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
         able &= self.feeder.packed and "graph" in self.method.replayable and not self.optim.get("neftune_alpha")
+        able &= not getattr(self._network(), "is_loaded_in_8bit", False)  # looks for outliers, which the host must see
         return able and self.accelerator.num_processes == 1
+
+    def _network(self) -> Any:
+        """The model of transformers."""
+        return self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
 
     def _halved(self, rows: Sequence[int], *, said: str) -> Gradients:
         """With batches half as large as this step's largest; raises when every row is alone already."""

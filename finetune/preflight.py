@@ -28,7 +28,7 @@ def findings(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         data[json.dumps(task, sort_keys=True)] = rows.load(task).data_hash
 
     for part in parts:
-        answers = {"backend": part["evaluate"]["backend"], "device": part["launch"]["device"]}
+        answers = {"backend": part["evaluate"].get("backend"), "device": part["launch"]["device"]}
         checks = ((read, part["task"]), (build, part["method"]), (optimizer, part["optim"]), (backend, answers))
         for check, what in checks:
             key = json.dumps([check.__qualname__, what], sort_keys=True)

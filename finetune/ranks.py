@@ -6,7 +6,9 @@ A rank dies with its launcher: asked for before torch is imported, which takes s
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from finetune.launch import die_with_parent
@@ -32,11 +34,23 @@ def main() -> None:
     except SignalException:
         sys.exit(STATUS)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        if killed := [128 - code for code in codes if code < 0]:
+        found = [(failure.timestamp, failure.exitcode) for failure in error.failures.values()]
+        if (code := cause(found)) < 0:
             (Path(run) / "failure.json").unlink(missing_ok=True)  # by a rank that lost the dead one: no reason
-            sys.exit(killed[0])
-        sys.exit(error.get_first_failure()[1].exitcode)  # it has said why
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def cause(failures: Collection[tuple[int, int]]) -> int:
+    """The exit status of the rank that the others fell with, of (second, status): negative if a signal killed it.
+
+    torch ends the other ranks itself, by SIGTERM and after `RANK_SECONDS` by SIGKILL; NCCL's watchdog aborts.
+    """
+    theirs = (-signal.SIGTERM, -signal.SIGABRT)
+    began, first = min(failures, key=lambda failure: (failure[0], failure[1] in theirs))
+    killed = [
+        code for second, code in failures if code < 0 and code not in theirs and second < began + RANK_SECONDS - 2
+    ]
+    return killed[0] if killed else first
 
 
 def _rank() -> None:

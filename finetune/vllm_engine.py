@@ -107,7 +107,10 @@ class Engine:
         line = self.process.stdout.readline()
         if not line.endswith(b"\n"):
             raise RuntimeError(f"vLLM ended with status {self.process.wait()}; run.log has its last words")
-        said: dict[str, Any] = json.loads(line)
+        try:
+            said: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise RuntimeError(f"vLLM's process said {line[:200]!r}") from None
         if "error" in said:
             raise RuntimeError(f"evaluate.backend=vllm: {said['error']}")
         return said

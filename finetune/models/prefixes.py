@@ -38,8 +38,11 @@ def insert(model: Any, attentions: Sequence[nn.Module], *, states: States, num_t
         if cache is None:
             for module, both in zip(attentions, states(), strict=True):
                 module.before = both
-        elif not cache.get_seq_length():
-            _fill(cache, states(), num_rows=len(ids), dtype=base.dtype)
+        else:
+            for module in attentions:
+                module.before = None  # type: ignore[assignment]  # nothing of the pass before is kept
+            if not cache.get_seq_length():
+                _fill(cache, states(), num_rows=len(ids), dtype=base.dtype)
         return args, kwargs | _shifted(base, kwargs, ids=ids, num_tokens=num_tokens)
 
     def attend(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import psutil
 import pytest
 from grids import ROOT, SMALL, descendants, failure, folders, processes_in, started, wait_for, wait_for_file
 from report_runs import write_base
+
+from finetune.ranks import cause
 
 KINDS = {
     1: ("raise", "error", "a part broke"),
@@ -75,6 +78,30 @@ def test_one_dead_rank_ends_the_cell(command, tmp_path, fault):
     [folder] = folders(tmp_path)
     assert failure(folder)["kind"] == "signal"
     assert "11" in failure(folder)["message"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "status"),
+    [
+        ([(100, 1), (100, -signal.SIGSEGV)], -signal.SIGSEGV),
+        ([(100, -signal.SIGKILL), (101, 1)], -signal.SIGKILL),
+        ([(100, 1), (100, -signal.SIGTERM)], 1),
+        ([(100, 1), (133, -signal.SIGKILL)], 1),
+        ([(101, -signal.SIGABRT), (100, 3)], 3),
+        ([(100, -signal.SIGABRT)], -signal.SIGABRT),
+    ],
+    ids=["died", "killed", "ended-by-torch", "killed-by-torch", "aborted-by-nccl", "aborted-alone"],
+)
+def test_the_rank_that_the_others_fell_with_is_the_cause(failures, status):
+    assert cause(failures) == status
+
+
+@pytest.mark.faults
+def test_a_rank_that_fails_says_why(command, tmp_path, fault):
+    places = fault(**{"seed1/steps.jsonl": "raise"})
+    assert command("method=lora", "launch.num_processes=2", **places).returncode == 1
+    [folder] = folders(tmp_path)
+    assert (failure(folder)["kind"], failure(folder)["message"]) == ("error", "a part broke")
 
 
 @pytest.mark.faults
