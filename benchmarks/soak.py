@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--every", type=float, default=12.0, help="seconds between two kills, on average")
     parser.add_argument("words", nargs="*", help="more overrides")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     words = [*WORDS, f"seed=range(1,{args.cells + 1})", *args.words]
     calm, wild = args.folder / "calm", args.folder / "wild"
     args.folder.mkdir(parents=True, exist_ok=True)
