@@ -51,16 +51,6 @@ def test_another_word_is_refused(tmp_path):
         compose("evaluate.backend=own", root=tmp_path)
 
 
-def test_a_run_of_an_earlier_version_stays_the_same_run(tmp_path):
-    [cell] = compose(root=tmp_path)
-    assert cell.config["evaluate"]["backend"] is None
-    old = {key: value for key, value in cell.config["evaluate"].items() if key != "backend"}
-    cell.folder.mkdir(parents=True)
-    runs.begin(cell.folder, {**cell.config, "evaluate": old})
-    [same] = compose(root=tmp_path)
-    assert same.folder == cell.folder
-
-
 def test_answers_by_vllm_are_another_run(tmp_path):
     [own], [other] = compose(HALF[1], root=tmp_path), compose(*HALF, root=tmp_path)
     assert own.folder != other.folder

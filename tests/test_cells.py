@@ -131,12 +131,13 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
         compose(root=tmp_path)
 
 
-def test_a_folder_of_an_earlier_version_without_a_key_that_is_null_is_the_same(tmp_path):
+@pytest.mark.parametrize(("section", "new"), [("optim", "batch_tokens"), ("evaluate", "backend")])
+def test_a_folder_of_an_earlier_version_without_a_key_that_is_null_is_the_same(tmp_path, section, new):
     [cell] = compose(root=tmp_path)
-    assert cell.config["optim"]["batch_tokens"] is None
-    optim = {key: value for key, value in cell.config["optim"].items() if key != "batch_tokens"}
+    assert cell.config[section][new] is None
+    old = {key: value for key, value in cell.config[section].items() if key != new}
     cell.folder.mkdir(parents=True)
-    runs.begin(cell.folder, {**cell.config, "optim": optim})
+    runs.begin(cell.folder, {**cell.config, section: old})
     [same] = compose(root=tmp_path)
     assert same.folder == cell.folder
 

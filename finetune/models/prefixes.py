@@ -107,8 +107,7 @@ def _shifted(base: Any, kwargs: dict[str, Any], *, ids: Tensor, num_tokens: int)
     if positions is None and cache is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
-        more = num_tokens * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
-        found |= {"cu_seq_lens_k": bounds + more, "max_length_k": kwargs["max_length_q"] + num_tokens}
+        found |= {"cu_seq_lens_k": widened(bounds, num_tokens), "max_length_k": kwargs["max_length_q"] + num_tokens}
         found[ORDER], _ = order(bounds, num_real=ids.shape[1], num_tokens=num_tokens)
     if positions is not None and "position_ids" in inspect.signature(base.forward).parameters:
         found["position_ids"] = positions + num_tokens
@@ -131,6 +130,11 @@ def _around(kwargs: dict[str, Any], *, hidden: Tensor, num_tokens: int) -> dict[
     return found
 
 
+def widened(bounds: Tensor, num_tokens: int) -> Tensor:
+    """Bounds (rows + 1,) of a pack in which `num_tokens` more stand before every row."""
+    return bounds + num_tokens * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
+
+
 def order(bounds: Tensor, *, num_real: int, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Index (rows * virtual + real tokens,) into (all rows' prefixes, pack) that puts a prefix before each row.
 
@@ -138,7 +142,7 @@ def order(bounds: Tensor, *, num_real: int, num_tokens: int) -> tuple[Tensor, Te
     """
     rows = len(bounds) - 1
     start = bounds.long()
-    joined = start + num_tokens * torch.arange(rows + 1, device=bounds.device)
+    joined = widened(start, num_tokens)
     place = torch.arange(num_real + rows * num_tokens, device=bounds.device)
     row = torch.searchsorted(joined, place, right=True) - 1
     offset = place - joined[row]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from finetune.models.prefixes import order
+from finetune.models.prefixes import order, widened
 
 
 def insert(model: Any, *, embeddings: Callable[[], Tensor], num_tokens: int) -> None:
@@ -65,7 +65,7 @@ def _packed(base: Any, kwargs: dict[str, Any], virtual: Tensor) -> dict[str, Any
     embedded = _embedded(base, kwargs)
     both = torch.cat([virtual.to(embedded.dtype).repeat(rows, 1)[None], embedded], dim=1)
     place, offset = order(bounds, num_real=embedded.shape[1], num_tokens=num_tokens)
-    joined = bounds + num_tokens * torch.arange(rows + 1, dtype=bounds.dtype, device=bounds.device)
+    joined = widened(bounds, num_tokens)
     longest = kwargs["max_length_q"] + num_tokens
     return {
         "input_ids": None,
