@@ -79,15 +79,19 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     examples = rows(args.check or ROWS, vocab_size=size)
     model = contenders()[args.inside](args.shape, meter, examples, folder=True)
     asked = rows(args.peer_answers, vocab_size=size, seed=1, announced=True)
+    half = len(asked) // 2  # the steady seconds of an answer are those of the second half
     with meter.phase("evaluate"):
-        said = answering.answers(model, asked)
-    answering.score(said[:1], asked[:1])  # reads the dictionary
+        said = answering.answers(model, asked[:half])
+    with meter.phase("steady"):
+        said += answering.answers(model, asked[half:])
     with meter.phase("score"):
-        answering.score(said, asked)
+        answering.score(said[:half], asked[:half])
+    with meter.phase("steady"):
+        answering.score(said[half:], asked[half:])
     found = meter.result() | {"answers": len(asked), "as_given": answering.as_given(said, asked)}
     phases = {f"{name}_seconds": value for name, value in meter.phases.items()}
     found |= {**phases, "import_seconds": imported, "train_seconds": meter.took}
-    return {"cells": {"lora": found | {"answer_seconds": meter.phases["evaluate"] + meter.phases["score"]}}}
+    return {"cells": {"lora": found | {"seconds_an_answer": meter.phases["steady"] / (len(asked) - half)}}}
 
 
 def ours(args: argparse.Namespace, launch: str) -> dict[str, Any]:
@@ -133,6 +137,7 @@ def read(run: Path) -> dict[str, Any]:
         "way": cost["way"],
         "answers": len(said),
         "answer_seconds": cost["predict_seconds"],
+        "seconds_an_answer": cost["predict_seconds"] / len(said),
         "as_given": sum(_num_words(line["prediction"]) == _num_words(line["reference"]) for line in said) / len(said),
         "check_seconds": cost["check_seconds"],
         "job_seconds": cost["total_seconds"],

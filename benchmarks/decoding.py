@@ -2,24 +2,28 @@
 
     python -m benchmarks.decoding --rows 8,64,256,512
 
-`generate` is transformers' own, greedy; with LoRA beside the weights, and merged into them. `places` is
-finetune.greedy, for both. All in one process, the second of two runs each; first tokens that differ are counted.
+`generate` is transformers' own, greedy; with LoRA beside the weights, and merged into them. `places` is this project's,
+for both, without attention by cuDNN, as in a job. All in one process, the second of two runs each; rows whose tokens
+are those of `generate` are counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from benchmarks.peers import lora
 from benchmarks.shapes import base, vocab_size
+from finetune.environment import without_plans
 from finetune.greedy import greedy
+from finetune.models.lean import lean
 
 PROMPT, NEW = 200, 64
 
@@ -69,7 +73,13 @@ def _generate(network: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _places(network: Any, ids: Tensor) -> Tensor:
-    return greedy(network, ids, torch.ones_like(ids), NEW, end_ids=[-1], pad_id=0, replayed=ids.is_cuda)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    without_plans()
+    within = lean(network) if isinstance(network, PeftModel) else contextlib.nullcontext()
+    with within, torch.autocast(ids.device.type, torch.bfloat16):
+        new = greedy(network, ids, torch.ones_like(ids), NEW, end_ids=[-1], pad_id=0, replayed=ids.is_cuda)
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    return new
 
 
 def _now() -> float:

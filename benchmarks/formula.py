@@ -2,9 +2,10 @@
 
     seconds(command) = wall seconds of the short command
                      + sum over its cells of (tokens to train - tokens it trained) / steady tokens per second
-                     + sum over its cells of (rows to answer - rows it answered) x seconds to answer and score a row
+                     + sum over its cells of (rows to answer - rows it answered) x steady seconds of an answer
 
-The short command is a real one: it imports, loads, starts, trains, answers, scores and checks. A tool that trains one
+The short command is a real one: it imports, loads, starts, trains, answers, scores and checks. Steady is what comes
+after the warm-up: of the steps after the eighth, of a peer's answers the second half, scored. A tool that trains one
 cell a process and was measured with one takes as many times that for a grid.
 """
 
@@ -36,5 +37,5 @@ def grid_seconds(line: Mapping[str, Any], *, num_cells: int = CELLS, **sizes: An
 
 def _more(cell: Mapping[str, Any], *, num_tokens: float, answers: int) -> float:
     training = (num_tokens - cell["num_tokens"]) / cell["tokens_per_second"]
-    answering = (answers - cell["answers"]) * cell["answer_seconds"] / cell["answers"]
+    answering = (answers - cell["answers"]) * cell["seconds_an_answer"]
     return float(training + answering)

@@ -103,7 +103,7 @@ def gradients(found: Bench, *, within: Callable[[], Any]) -> dict[str, torch.Ten
     """Of the first batch's summed loss."""
     found.model.zero_grad()
     batch = pack(found.examples[: found.batch_rows], loss_on="target").to(found.accelerator.device)
-    with found.method.training(found.model), within(), packing(found.model.get_base_model()):
+    with found.method.lean(found.model), within(), packing(found.model.get_base_model()):
         summed_loss(found.model, batch).backward()
     return {n: p.grad.clone() for n, p in found.model.named_parameters() if p.grad is not None}
 

@@ -80,7 +80,7 @@ def cells(lines: Sequence[Line]) -> str:
         rows.append(
             (x["shape"], x["who"], f"{x['wall_seconds']:.0f}", f"{cell['num_steps']}", f"{cell['answers']}",
              f"{cell['start_up_seconds']:.0f}", _thousands(cell["tokens_per_second"]),
-             f"{1000 * cell['answer_seconds'] / cell['answers']:.0f}", f"{seconds(x):.0f}")
+             f"{1000 * cell['seconds_an_answer']:.0f}", f"{seconds(x):.0f}")
         )  # fmt: skip
     head = "shape|contender|measured: s|steps|answers|start-up s|tokens/s|ms an answer|whole cell s"
     return table(head, rows, words=2)

@@ -9,6 +9,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from finetune.job import Job, asked_of
 from finetune.memory import free, out_of_memory, too_much
 from finetune.models.tokenizer import Example
 from finetune.resume import PARTIAL
+from finetune.scores.conventions import count_reference
 from finetune.stop import Stop
 from finetune.vllm_engine import Engine
 
@@ -91,7 +93,9 @@ class Answering:
 
     def _lines(self) -> list[dict[str, Any]]:
         job = self.job
-        found = outcome.lines(job.split.valid, self._replies(job.asked, template=0))
+        with _counting([row.target for row in job.split.valid] if job.main else []):
+            replies = self._replies(job.asked, template=0)
+        found = outcome.lines(job.split.valid, replies)
         for number, template in enumerate(job.config["task"]["rewordings"], start=1):
             part = _reworded(job, template)
             asked = asked_of(part, job.split.train, method=job.method, base=job.base, config=job.config)
@@ -118,7 +122,7 @@ class Answering:
         where = f"{self.job.accelerator.device.type} {self.job.accelerator.mixed_precision}"
         about = {"template": template, "rows": len(mine), "processes": ranks, "where": where}
         found = self._earlier(about)
-        with self.stop.held():
+        with self.stop.held(), self.job.method.lean(self.model):
             while left := [n for n in mine if n not in found]:
                 prompts = [examples[n].ids[: examples[n].num_prompt] for n in left]
                 for batch in self._batches(prompts):
@@ -162,6 +166,17 @@ class Answering:
                 self.earlier += line["seconds"]
                 self.batch_rows, self.halvings = line["batch_rows"], line["halvings"]
         return found
+
+
+@contextlib.contextmanager
+def _counting(references: Sequence[str]) -> Iterator[None]:
+    """Within, while the GPU answers, the dictionary is read and references are counted, as scores need them."""
+    beside = ThreadPoolExecutor(1)
+    try:
+        beside.map(count_reference, references)
+        yield
+    finally:
+        beside.shutdown(cancel_futures=True)
 
 
 def _append(file: Path, batch: Mapping[str, Any]) -> None:

@@ -37,6 +37,11 @@ def only_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def without_plans() -> None:
+    """From here on no attention by cuDNN, which plans each new shape for 0.1 to 0.4 s; each new token is one."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def pick_device(asked: str) -> torch.device:
     """`auto` takes a GPU when there is one; raises ValueError for one that is not there."""
     if asked == "cuda" and not torch.cuda.is_available():

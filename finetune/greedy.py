@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from finetune.models.attention import attending
+from finetune.models.norms import fused
 
 NAME = "places"
 LEAVE = 0.75  # finished rows leave when at most this share is still at work
@@ -73,24 +74,35 @@ def greedy(  # noqa: PLR0913
 
     As transformers' greedy `generate`; for bases that take a four-dimensional mask and position ids.
     """
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
-    ).logits  # fmt: skip
-    state = _State(model, logits[:, -1].argmax(-1), cache, mask, num_new, ends=end_ids, pad_id=pad_id)
-    done, step = 1, state.step
-    with attending(model, NAME):
-        while done < num_new and state.rows:
-            if replayed and state.graph is None:
-                step = state.capture()
-            step()
-            done += 1
-            if not ids.is_cuda or done % LOOK == 0:
-                state.leave()
-    state.leave(all_rows=True)
+    with fused(model):
+        cache = DynamicCache(config=model.config)
+        first = _first(model, ids, mask, cache)
+        state = _State(model, first, cache, mask, num_new, ends=end_ids, pad_id=pad_id)
+        with attending(model, NAME):
+            for done in range(2, num_new + 1):
+                state.advance(replayed=replayed)
+                if not ids.is_cuda or done % LOOK == 0:
+                    state.leave()
+                if not state.rows:
+                    break
+        state.leave(all_rows=True)
     return state.answers
+
+
+def _first(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """The first new token of every row (rows,); the cache is filled."""
+    head = model.get_output_embeddings()
+    # Of a slice of all states the product with the head would be one for every row, which reads the head as often.
+    hook = head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
+    try:
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        ).logits  # fmt: skip
+    finally:
+        hook.remove()
+    found: Tensor = logits[:, -1].argmax(-1)
+    return found
 
 
 class _State:
@@ -111,13 +123,23 @@ class _State:
         self.token = first[:, None].clone()
         self.position = mask.sum(-1, keepdim=True)
         self.mask = torch.cat([mask.bool(), mask.new_zeros(len(mask), num_new).bool()], dim=1)[:, None, None]
-        self.over = torch.isin(first, self.ends)
+        self.over = self._ending(first)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.fresh = True  # no step of so many rows yet: what a kernel's first launch allocates cannot be recorded
 
     @property
     def rows(self) -> int:
         """How many are at work."""
         return len(self.numbers)
+
+    def advance(self, *, replayed: bool) -> None:
+        """One more token for every row; of as many rows the first step is run, the others are replayed."""
+        if not replayed or self.fresh:
+            self.step()
+            self.fresh = False
+            return
+        self.graph = self.graph or self._captured()
+        self.graph.replay()
 
     def step(self) -> None:
         """One more token for every row; all in place."""
@@ -133,7 +155,7 @@ class _State:
         ).logits
         new = logits[:, -1].argmax(-1).masked_fill(self.over, self.pad_id)
         self.said.index_copy_(1, self.count, new[:, None])
-        self.over |= torch.isin(new, self.ends)
+        self.over |= self._ending(new)
         self.token.copy_(new[:, None])
         for counter in (self.position, self.cache.place, self.count):
             counter += 1
@@ -151,24 +173,18 @@ class _State:
         self.cache.keep(left)
         for name in ("said", "token", "position", "mask", "over"):
             setattr(self, name, getattr(self, name).index_select(0, left))
-        self.graph = None
+        self.graph, self.fresh = None, True
 
-    def capture(self) -> Any:
-        """The step as a graph. What it changes is put back, because capturing it runs it first."""
-        kept = {name: getattr(self, name).clone() for name in ("said", "token", "position", "mask", "over", "count")}
-        place = self.cache.place.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def _ending(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens (rows,) end an answer; `torch.isin` asks the host where there are many ends."""
+        return (tokens[:, None] == self.ends).any(dim=1)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; recording it runs nothing."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
-        for name, value in kept.items():
-            getattr(self, name).copy_(value)
-        self.cache.place.copy_(place)
-        return self.graph.replay
+        return graph
 
 
 def _states(cache: Any) -> tuple[list[Tensor], list[Tensor]]:

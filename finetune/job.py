@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from finetune import runs
 from finetune.config import refuse
 from finetune.data import rows
-from finetune.environment import environment, only_deterministic, pick_device, usable_precision
+from finetune.environment import environment, only_deterministic, pick_device, usable_precision, without_plans
 from finetune.feeder import Feeder, mean_loss
 from finetune.methods.build import build
 from finetune.methods.method import Method
@@ -66,6 +66,7 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     refuse(config)
     if config["deterministic"]:
         only_deterministic()
+    without_plans()
     accelerator, precision = _accelerator(config)
     split = rows.load(config["task"])
     for place in split.bad[:20]:

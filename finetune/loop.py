@@ -19,6 +19,7 @@ from finetune.data.batches import Example
 from finetune.feeder import Feeder
 from finetune.gradients import Gradients
 from finetune.methods.method import Method, trainable
+from finetune.models.norms import fused
 from finetune.resume import Keeper, Line, Moving
 from finetune.schedule import Clock, schedule_factor, spaced
 
@@ -77,8 +78,8 @@ class Loop:
         keeper: Keeper | None = None,
     ) -> Any:
         """Train; `record` gets every step's numbers, `keeper` what resuming needs. Returns the unwrapped model."""
-        prepared, optimizer = self.accelerator.prepare(model, self._optimizer(model))
-        with self.method.training(model):
+        with fused(model), self.method.lean(model):
+            prepared, optimizer = self.accelerator.prepare(model, self._optimizer(model))
             self._run(prepared, model, optimizer, validate=validate, record=record, keeper=keeper)
         return model
 

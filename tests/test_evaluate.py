@@ -62,7 +62,8 @@ def test_answers_in_places_are_those_of_generate(architecture, method, examples)
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4)
     prompts, ends = [e.ids for e in examples], range(2, 18)  # so many that rows end at many steps
-    found = answers(model, prompts, batch_rows=5, end_ids=ends, in_places=True)
+    with built.lean(model):
+        found = answers(model, prompts, batch_rows=5, end_ids=ends, in_places=True)
     assert found == answers(model, prompts, batch_rows=5, end_ids=ends)
     assert len({len(ids) for ids, _ in found}) > 2
 
@@ -94,7 +95,8 @@ def test_replayed_answers_are_those_of_generate(architecture, method):
     prompts = [[draw.randrange(3, 96) for _ in range(draw.randint(2, 30))] for _ in range(400)]
     # Some 12 % of the words, so that most of the rows leave on the way; 4 bits of GLM say them less often.
     ends = range(2, 38 if method == "qlora" else 14)
-    found = answers(model, prompts, batch_rows=300, end_ids=ends, in_places=True, replayed=True)
+    with built.lean(model):
+        found = answers(model, prompts, batch_rows=300, end_ids=ends, in_places=True, replayed=True)
     assert found == answers(model, prompts, batch_rows=300, end_ids=ends)
     lengths = [len(ids) for ids, _ in found]
     assert sum(n < 7 for n in lengths) > 150  # of a batch of 300 more than half, at the first look

@@ -35,9 +35,9 @@ class LoraPlus(Method):
         fast = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
         return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * self.lr_ratio}]
 
-    def training(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def lean(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """As LoRA."""
-        return self.lora.training(model)
+        return self.lora.lean(model)
 
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT reads it back."""

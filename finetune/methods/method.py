@@ -68,8 +68,8 @@ class Method(ABC):
         """The optimizer's groups."""
         return [{"params": list(trainable(model)), "lr": lr}]
 
-    def training(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Entered for all steps, the model on its device: other ways to compute the same."""
+    def lean(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Entered for all steps and all answers, the model on its device: other ways to compute the same."""
         return contextlib.nullcontext()
 
     def penalty(self, model: nn.Module) -> Tensor | float:

@@ -67,7 +67,7 @@ class Peft(Method):
             sampler.index = sampler.buffer_size - len(left)
             sampler.buffer = sampler.buffer[: sampler.index] + left
 
-    def training(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def lean(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """LoRA's layers in fewer operations."""
         return lean(model) if self.config.peft_type is PeftType.LORA else contextlib.nullcontext()
 

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "packed"
+KNOWN = frozenset(inspect.signature(varlen_attn).parameters)  # asked once: it takes as long as a kernel's launch
 
 
 def packs(device: torch.device) -> bool:
@@ -74,9 +75,8 @@ def causal(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:
 
 def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
     """`varlen_attn`'s arguments, which change with torch: is_causal (2.10), window_size (2.11), enable_gqa (2.12)."""
-    known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known and query.shape[1] != key.shape[1]:
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in KNOWN else {"is_causal": True}
+    if "enable_gqa" in KNOWN and query.shape[1] != key.shape[1]:
         causal["enable_gqa"] = True
     return causal
 

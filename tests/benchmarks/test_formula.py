@@ -3,12 +3,12 @@ import pytest
 from benchmarks.formula import MEAN_TOKENS, grid_seconds, seconds
 
 
-def line(*, names=("lora",), wall=50.0, tokens=100 * MEAN_TOKENS, rate=1000.0, answers=100, answer_seconds=10.0):
+def line(*, names=("lora",), wall=50.0, tokens=100 * MEAN_TOKENS, rate=1000.0, answers=100, seconds_an_answer=0.1):
     cell = {
         "num_tokens": tokens,
         "tokens_per_second": rate,
         "answers": answers,
-        "answer_seconds": answer_seconds,
+        "seconds_an_answer": seconds_an_answer,
     }
     return {"who": "x", "wall_seconds": wall, "cells": dict.fromkeys(names, cell)}
 

@@ -113,9 +113,9 @@ def test_what_is_more_than_lora_stays_pefts(method, together, examples):
     model = tuned(method, "qwen2")
     batch = pad(examples, pad_id=0)
     loss, expected = gradients(model, batch)
-    with method.training(model):
+    with method.lean(model):
         assert num_lean(model) == 2 * together
-    again, found = gradients(model, batch, within=method.training)
+    again, found = gradients(model, batch, within=method.lean)
     assert again == pytest.approx(loss, rel=1e-6)
     assert error(found, expected) < 1e-5
 
@@ -235,7 +235,7 @@ def trained(examples, method, *, steps=20):
 def test_twenty_steps_end_where_pefts_end(examples, monkeypatch):
     found, losses = trained(examples, lora())
     method = lora()
-    monkeypatch.setattr(method, "training", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(method, "lean", lambda _: contextlib.nullcontext())
     expected, others = trained(examples, method)
     assert losses == pytest.approx(others, rel=1e-5)
     for name, weight in expected.items():
