@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from finetune.models.attention import attending
-from finetune.models.norms import fused
+from finetune.models.fused import fused
 
 NAME = "places"
 LEAVE = 0.75  # finished rows leave when at most this share is still at work

@@ -19,7 +19,7 @@ from finetune.data.batches import Example
 from finetune.feeder import Feeder
 from finetune.gradients import Gradients
 from finetune.methods.method import Method, trainable
-from finetune.models.norms import fused
+from finetune.models.fused import fused
 from finetune.resume import Keeper, Line, Moving
 from finetune.schedule import Clock, schedule_factor, spaced
 

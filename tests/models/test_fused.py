@@ -1,17 +1,23 @@
-"""RMSNorm as one operation is RMSNorm, and nothing else becomes one."""
+"""Norms and rotary positions in few operations are what they were, and other formulas are left alone."""
 
 import copy
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import PACKED, tiny_base
+from conftest import ARCHITECTURES, PACKED, tiny_base
 
-from finetune.models.norms import fused
+from finetune.models.fused import ROTARY, fused
 
 
 def norms(model):
     return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+
+
+def rotary(model):
+    """The function that turns queries and keys, where the model's file has one."""
+    return getattr(sys.modules[type(model).__module__], ROTARY, None)
 
 
 def varied(architecture):
@@ -29,6 +35,7 @@ def test_losses_and_gradients_are_the_same(architecture):
     model.zero_grad()
     with fused(model):
         assert len([norm for norm in norms(model) if "forward" in vars(norm)]) == 5
+        assert hasattr(rotary(model), "fused") is (architecture != "glm")  # turns neighbours, and half of a head
         model(input_ids=ids, labels=ids).loss.backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -64,6 +71,52 @@ def test_another_formula_is_left_alone():
         assert not any("forward" in vars(norm) for norm in norms(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_queries_and_keys_are_turned_as_the_base_turns_them(dtype):
+    model = tiny_base("qwen2")
+    draw = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(*shape, generator=draw) for shape in ((2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 8), (2, 5, 8))
+    )
+    weights = [torch.randn(2, heads, 5, 8, generator=draw).double() for heads in (4, 2)]
+
+    def turned(dtype, function):
+        """Both, and the gradients of their products with random weights."""
+        parts = [x.to(dtype).transpose(1, 2).requires_grad_() for x in (q, k)]
+        found = function(*parts, cos.to(dtype), sin.to(dtype))
+        loss = sum((x.double() * w).sum() for x, w in zip(found, weights, strict=True))
+        return [*found, *torch.autograd.grad(loss, parts)]
+
+    exact = turned(torch.float64, rotary(model))
+    before = turned(dtype, rotary(model))
+    with fused(model):
+        found = turned(dtype, rotary(model))
+    for new, old, true in zip(found, before, exact, strict=True):
+        assert new.dtype == dtype
+        error, allowed = (float((x.detach().double() - true).norm() / true.norm()) for x in (new, old))
+        assert error <= max(allowed, 1e-12)
+
+
+def test_a_part_of_a_head_is_turned_by_the_base_itself():
+    config = transformers.Phi3Config(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    )  # fmt: skip
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.arange(3, 40)[None]
+    expected = model(input_ids=ids).logits
+    with fused(model):
+        assert hasattr(rotary(model), "fused")
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generations_are_the_same(architecture):
+    model, ids = varied(architecture), torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    with fused(model):
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), expected)
+
+
 class LateRMSNorm(torch.nn.Module):
     """Adds eps to the root."""
 
@@ -84,11 +137,13 @@ def test_an_eps_in_another_place_is_seen():
 
 def test_within_itself_it_does_nothing_and_behind_it_nothing_is_left():
     model = varied("llama")
+    before = rotary(model)
     with fused(model):
-        within = [norm.forward for norm in norms(model)]
+        within = [norm.forward for norm in norms(model)], rotary(model)
         with fused(model):
             pass
-        assert [norm.forward for norm in norms(model)] == within
+        assert ([norm.forward for norm in norms(model)], rotary(model)) == within
         clone = copy.deepcopy(model)
         assert all(norm.forward.__self__ is norm for norm in norms(clone))
     assert not any("forward" in vars(module) for module in model.modules())
+    assert rotary(model) is before
