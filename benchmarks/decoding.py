@@ -76,10 +76,11 @@ def _places(network: Any, ids: Tensor) -> Tensor:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     without_plans()
     within = lean(network) if isinstance(network, PeftModel) else contextlib.nullcontext()
-    with within, torch.autocast(ids.device.type, torch.bfloat16):
-        new = greedy(network, ids, torch.ones_like(ids), NEW, end_ids=[-1], pad_id=0, replayed=ids.is_cuda)
-    torch.backends.cuda.enable_cudnn_sdp(before)
-    return new
+    try:
+        with within, torch.autocast(ids.device.type, torch.bfloat16):
+            return greedy(network, ids, torch.ones_like(ids), NEW, end_ids=[-1], pad_id=0, replayed=ids.is_cuda)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _now() -> float:

@@ -5,8 +5,8 @@
                      + sum over its cells of (rows to answer - rows it answered) x steady seconds of an answer
 
 The short command is a real one: it imports, loads, starts, trains, answers, scores and checks. Steady is what comes
-after the warm-up: of the steps after the eighth, of a peer's answers the second half, scored. A tool that trains one
-cell a process and was measured with one takes as many times that for a grid.
+after the warm-up: of the steps after the eighth, of a peer's answers the second half, scored. This project answers all
+of its rows. A tool that trains one cell a process and was measured with one takes as many times that for a grid.
 """
 
 from __future__ import annotations

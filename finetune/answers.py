@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import time
@@ -81,7 +80,7 @@ class Answering:
         self.batch_rows: int = job.config["evaluate"]["batch_rows"]
         self.halvings = 0  # of `batch_rows`, where memory ran out
         self.earlier = 0.0  # seconds of answering before this process
-        self.predict: Predict = functools.partial(evaluate.predict, model)
+        self.predict: Predict = self._own
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of predictions.jsonl, written: every validation row, then some of them in other words."""
@@ -90,6 +89,11 @@ class Answering:
                 free()  # what training has left is vLLM's to use
                 self.predict = stack.enter_context(contextlib.closing(_engine(self.job))).predict
             return self._lines()
+
+    def _own(self, prompts: Sequence[Sequence[int]], how: evaluate.Decoding) -> Iterator[list[evaluate.Answer]]:
+        """By the model itself, in the operations of its training."""
+        with self.job.method.lean(self.model):
+            yield from evaluate.predict(self.model, prompts, how)
 
     def _lines(self) -> list[dict[str, Any]]:
         job = self.job
@@ -122,7 +126,7 @@ class Answering:
         where = f"{self.job.accelerator.device.type} {self.job.accelerator.mixed_precision}"
         about = {"template": template, "rows": len(mine), "processes": ranks, "where": where}
         found = self._earlier(about)
-        with self.stop.held(), self.job.method.lean(self.model):
+        with self.stop.held():
             while left := [n for n in mine if n not in found]:
                 prompts = [examples[n].ids[: examples[n].num_prompt] for n in left]
                 for batch in self._batches(prompts):
@@ -170,10 +174,10 @@ class Answering:
 
 @contextlib.contextmanager
 def _counting(references: Sequence[str]) -> Iterator[None]:
-    """Within, while the GPU answers, the dictionary is read and references are counted, as scores need them."""
+    """Within, while the GPU answers, the dictionary is read and references are counted, as ROUGE needs them."""
     beside = ThreadPoolExecutor(1)
     try:
-        beside.map(count_reference, references)
+        beside.map(count_reference, references[: count_reference.cache_info().maxsize])
         yield
     finally:
         beside.shutdown(cancel_futures=True)

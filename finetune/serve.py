@@ -33,7 +33,9 @@ def _compiling_later() -> Iterator[None]:
 
     compile_now = torch.compile
 
-    def later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:  # a decorator
+            return functools.partial(later, **options)
         compiled = functools.cache(lambda: compile_now(function, **options))
         return lambda *args, **given: compiled()(*args, **given)
 

@@ -1,12 +1,13 @@
 """What lies between a base's products in few operations: RMSNorms and rotary positions, a dozen small kernels each.
 
-What is computed is rounded once, not after every operation; in float32 it is the same to rounding. Formulas that are
-not these are left alone: each kind of layer is asked for an example first.
+What is computed is rounded less often; in float32 it is the same to rounding. Formulas that are not these are left
+alone: each kind of layer is asked for an example first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator
 from types import MethodType, ModuleType
@@ -27,7 +28,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     files = {type(module).__module__ for module in model.modules()}
     with contextlib.ExitStack() as stack:
         for name in files:
-            if _rotates(file := sys.modules[name]):
+            if (file := sys.modules.get(name)) and _rotates(file):
                 stack.enter_context(_rotating(file))
         stack.enter_context(_norming(model))
         yield
@@ -43,25 +44,28 @@ def _norming(model: nn.Module) -> Iterator[None]:
                 known[type(module)] = _plain(module)
             if known[type(module)]:
                 found.append(module)
-    for module in found:
-        module.forward = MethodType(_normed, module)
     try:
+        for module in found:
+            module.forward = MethodType(_normed, module)
         yield
     finally:
         for module in found:
-            del module.forward
+            vars(module).pop("forward", None)
 
 
 @torch.no_grad()
 def _plain(module: Any) -> bool:
     """Is it RMSNorm (Zhang and Sennrich 2019, eq. 4), w x / sqrt(mean(x^2) + eps)? Others scale by 1 + w."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if weight is None or eps is None or not weight.is_floating_point() or not weight.any():
+    weight: Any = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", None)
+    if eps is None or [name for name, _ in module.named_parameters()] != ["weight"] or not weight.any():
         return False
     x = torch.linspace(-1.5, 2.5, weight.numel(), device=weight.device, dtype=weight.dtype)
     x = torch.stack([x, x * eps**0.5])  # of the second, half is eps
     close = 4 * torch.finfo(weight.dtype).eps  # each is rounded twice or thrice
-    return torch.allclose(rms_norm(x, weight.shape, weight, eps), type(module).forward(module, x), rtol=close, atol=0)
+    with torch.autocast(weight.device.type, enabled=False):
+        found, expected = _norm(x, weight, eps), type(module).forward(module, x)
+    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=close, atol=0)
 
 
 def _normed(module: Any, hidden: Tensor) -> Tensor:
@@ -70,7 +74,13 @@ def _normed(module: Any, hidden: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or hidden.dtype != weight.dtype:
         found: Tensor = type(module).forward(module, hidden)
         return found
-    return rms_norm(hidden, weight.shape, weight, module.variance_epsilon).to(hidden.dtype)
+    return _norm(hidden, weight, module.variance_epsilon)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """One kernel; autocast, from torch 2.12 on, would make copies in float32 first."""
+    with torch.autocast(x.device.type, enabled=False):
+        return rms_norm(x, weight.shape, weight, eps)
 
 
 @contextlib.contextmanager
@@ -86,7 +96,6 @@ def _rotating(file: ModuleType) -> Iterator[None]:
         found = _Rotary.apply(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
         return found
 
-    rotate.fused = True  # type: ignore[attr-defined]
     setattr(file, ROTARY, rotate)
     try:
         yield
@@ -96,16 +105,19 @@ def _rotating(file: ModuleType) -> Iterator[None]:
 
 def _rotates(file: ModuleType) -> bool:
     """Has it rotary positions (Su et al. 2021, eq. 34) of two halves? Others turn neighbours, or only a part."""
-    function = getattr(file, ROTARY, None)
-    if function is None or hasattr(function, "fused"):
+    function: Any = getattr(file, ROTARY, None)
+    if getattr(function, "__module__", None) != file.__name__:  # this one's, or a method's
         return False
     q, k, cos, sin = torch.linspace(-2, 2, 4 * 24, dtype=torch.float64).sin().view(4, 1, 3, 8)
+    expected = [_turned(x[None], cos[None], sin[None]) for x in (q, k)]
     try:
+        takes = [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
         found = function(q[None], k[None], cos, sin)
-    except (TypeError, RuntimeError):  # it takes something else
+        same = all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    except (TypeError, RuntimeError, ValueError):  # it takes or gives something else
         return False
-    expected = (_turned(x[None], cos[None], sin[None]) for x in (q, k))
-    return all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    given = [(name, inspect.Parameter.empty) for name in ("q", "k", "cos", "sin")]
+    return same and takes == [*given, ("unsqueeze_dim", 1)]
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def test_losses_and_gradients_are_the_same(architecture):
     model.zero_grad()
     with fused(model):
         assert len([norm for norm in norms(model) if "forward" in vars(norm)]) == 5
-        assert hasattr(rotary(model), "fused") is (architecture != "glm")  # turns neighbours, and half of a head
+        ours = rotary(model).__module__ == fused.__module__
+        assert ours is (architecture != "glm")  # turns neighbours, and half of a head
         model(input_ids=ids, labels=ids).loss.backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -85,7 +86,7 @@ def test_queries_and_keys_are_turned_as_the_base_turns_them(dtype):
         parts = [x.to(dtype).transpose(1, 2).requires_grad_() for x in (q, k)]
         found = function(*parts, cos.to(dtype), sin.to(dtype))
         loss = sum((x.double() * w).sum() for x, w in zip(found, weights, strict=True))
-        return [*found, *torch.autograd.grad(loss, parts)]
+        return [x.detach() for x in (*found, *torch.autograd.grad(loss, parts))]
 
     exact = turned(torch.float64, rotary(model))
     before = turned(dtype, rotary(model))
@@ -93,7 +94,7 @@ def test_queries_and_keys_are_turned_as_the_base_turns_them(dtype):
         found = turned(dtype, rotary(model))
     for new, old, true in zip(found, before, exact, strict=True):
         assert new.dtype == dtype
-        error, allowed = (float((x.detach().double() - true).norm() / true.norm()) for x in (new, old))
+        error, allowed = (float((x.double() - true).norm() / true.norm()) for x in (new, old))
         assert error <= max(allowed, 1e-12)
 
 
@@ -105,7 +106,7 @@ def test_a_part_of_a_head_is_turned_by_the_base_itself():
     model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.arange(3, 40)[None]
     expected = model(input_ids=ids).logits
     with fused(model):
-        assert hasattr(rotary(model), "fused")
+        assert rotary(model).__module__ == fused.__module__
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -129,10 +130,69 @@ class LateRMSNorm(torch.nn.Module):
         return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
 
 
-def test_an_eps_in_another_place_is_seen():
-    norm = LateRMSNorm()
+class ShiftedRMSNorm(LateRMSNorm):
+    """Scales by 1 + w."""
+
+    def forward(self, x):
+        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+class GatedRMSNorm(LateRMSNorm):
+    """Starts as the norm that it will not stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.zeros(32))
+
+    def forward(self, x):
+        return (1 + self.gate) * self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+@pytest.mark.parametrize("kind", [LateRMSNorm, ShiftedRMSNorm, GatedRMSNorm])
+def test_a_norm_of_another_formula_is_seen(kind):
+    norm = kind()
     with fused(norm):
         assert "forward" not in vars(norm)
+
+
+def _none_of_k(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+    return ORIGINAL(q, k, cos, sin, unsqueeze_dim)
+
+
+def _more(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    return ORIGINAL(q, k, cos, sin, unsqueeze_dim)
+
+
+def _one(q, k, cos, sin, unsqueeze_dim=1):
+    return ORIGINAL(q, k, cos, sin, unsqueeze_dim)[:1]
+
+
+def _single(q, k, cos, sin, unsqueeze_dim=1):
+    return [x.float() for x in ORIGINAL(q, k, cos, sin, unsqueeze_dim)]
+
+
+ORIGINAL = transformers.models.qwen2.modeling_qwen2.apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("function", [_none_of_k, _more, _one, _single])
+def test_rotary_functions_of_another_form_are_left_alone(function, monkeypatch):
+    model = tiny_base("qwen2")
+    monkeypatch.setattr(function, "__module__", type(model).__module__)
+    monkeypatch.setattr(sys.modules[type(model).__module__], ROTARY, function)
+    with fused(model):
+        assert rotary(model) is function
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_under_autocast_on_a_gpu_a_norm_keeps_its_precision():
+    model = varied("qwen2").bfloat16().cuda()
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
+    norm = norms(model)[0]
+    with torch.autocast("cuda", torch.bfloat16), fused(model):
+        assert "forward" in vars(norm)
+        found = norm(x.requires_grad_())
+    assert found.dtype == torch.bfloat16
+    assert "FusedRmsNorm" in str(found.grad_fn)
 
 
 def test_within_itself_it_does_nothing_and_behind_it_nothing_is_left():
