@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,6 @@ from finetune.vllm_engine import Engine
 log = logging.getLogger("finetune")
 
 Said = tuple[list[int], str]  # new tokens, finish reason
-Predict = Callable[[Sequence[Sequence[int]], evaluate.Decoding], Iterator[list[evaluate.Answer]]]
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,21 @@ class Answering:
         self.batch_rows: int = job.config["evaluate"]["batch_rows"]
         self.halvings = 0  # of `batch_rows`, where memory ran out
         self.earlier = 0.0  # seconds of answering before this process
-        self.predict: Predict = self._own
+        self.engine: Engine | None = None
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of predictions.jsonl, written: every validation row, then some of them in other words."""
         with contextlib.ExitStack() as stack:
             if self.job.config["evaluate"].get("backend") == "vllm":
                 free()  # what training has left is vLLM's to use
-                self.predict = stack.enter_context(contextlib.closing(_engine(self.job))).predict
+                self.engine = stack.enter_context(contextlib.closing(_engine(self.job)))
             return self._lines()
 
-    def _own(self, prompts: Sequence[Sequence[int]], how: evaluate.Decoding) -> Iterator[list[evaluate.Answer]]:
-        """By the model itself, in the operations of its training."""
+    def _predict(self, prompts: Sequence[Sequence[int]], how: evaluate.Decoding) -> Iterator[list[evaluate.Answer]]:
+        """By vLLM where that is asked for, else by the model itself, in the operations of its training."""
+        if self.engine:
+            yield from self.engine.predict(prompts, how)
+            return
         with self.job.method.lean(self.model):
             yield from evaluate.predict(self.model, prompts, how)
 
@@ -143,7 +145,7 @@ class Answering:
         began = time.perf_counter()
         try:
             how = replace(decoding(self.job), batch_rows=self.batch_rows)
-            for answers in self.predict(prompts, how):
+            for answers in self._predict(prompts, how):
                 yield Batch(answers, time.perf_counter() - began)
                 began = time.perf_counter()
             return

@@ -120,21 +120,16 @@ def _rotates(file: ModuleType) -> bool:
     return same and takes == [*given, ("unsqueeze_dim", 1)]
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + (-x_2, x_1) sin of the halves x_1, x_2."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """x cos + (-x_2, x_1) sin of the halves x_1, x_2; `back`: of its gradient, the gradient of x."""
     half = x.shape[-1] // 2
+    first, second = sin[..., :half], sin[..., half:]
+    if back:
+        first, second = second, first
+    sign = 1 if back else -1
     found = x * cos
-    found[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    found[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return found
-
-
-def _turned_back(gradient: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of x in `_turned`."""
-    half = gradient.shape[-1] // 2
-    found = gradient * cos
-    found[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
-    found[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
+    found[..., :half].addcmul_(x[..., half:], first, value=sign)
+    found[..., half:].addcmul_(x[..., :half], second, value=-sign)
     return found
 
 
@@ -149,5 +144,5 @@ class _Rotary(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k = (_turned_back(gradient, *ctx.saved_tensors) for gradient in gradients)
+        q, k = (_turned(gradient, *ctx.saved_tensors, back=True) for gradient in gradients)
         return q, k, None, None
