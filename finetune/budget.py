@@ -7,7 +7,7 @@ statistics allow. The first step confirms it: where memory runs out after all th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,10 @@ def planned(job: Job) -> tuple[list[list[int]], int | None]:
     if optim["batch_tokens"] is None:
         return plan(len(job.train_rows), batch_rows=optim["batch_rows"], **given), None
     lengths = [len(example.ids) for example in job.train_rows]
-    budget = _found(job, lengths) if optim["batch_tokens"] == "auto" else int(optim["batch_tokens"])
+    budget = _found(job, lengths, given) if optim["batch_tokens"] == "auto" else int(optim["batch_tokens"])
     refuse_long_rows(lengths, batch_tokens=budget, ids=[row.id for row in job.split.train])
-    steps, ranks = plan_by_tokens(lengths, batch_tokens=budget, **given), job.accelerator.num_processes
-    while optim["batch_tokens"] == "auto" and min(map(len, steps)) < ranks and budget < sum(lengths):
-        budget *= 2
-        steps = plan_by_tokens(lengths, batch_tokens=budget, **given)
-    refuse_short_steps(steps, batch_tokens=budget, ranks=ranks)
+    steps = plan_by_tokens(lengths, batch_tokens=budget, **given)
+    refuse_short_steps(steps, batch_tokens=budget, ranks=job.accelerator.num_processes)
     return steps, budget
 
 
@@ -123,22 +120,24 @@ def fitting_tokens(shape: Shape, *, num_parameters: int, free: int, trains_base:
     return max(0, int(left / shape.bytes_per_token(**numbers)))
 
 
-def _found(job: Job, lengths: Sequence[int]) -> int:
+def _found(job: Job, lengths: Sequence[int], given: Mapping[str, Any]) -> int:
     """The budget of `auto`, the same in all processes, and the same when the run is gone on with."""
-    found = [_decided(job, lengths) if job.main else 0]
+    found = [_decided(job, lengths, given) if job.main else 0]
     if job.accelerator.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def _decided(job: Job, lengths: Sequence[int]) -> int:
+def _decided(job: Job, lengths: Sequence[int], given: Mapping[str, Any]) -> int:
     """What environment.json says, or else will say from now on."""
     record = runs.read_environment(job.run)
     known = record.get("batch_tokens")
     if isinstance(known, int) and known >= max(lengths):
         return known
     fitting = _fitting(job)
-    found = allowed(lengths, epochs=job.config["optim"]["epochs"], fitting=fitting)
+    found, ranks = allowed(lengths, epochs=given["epochs"], fitting=fitting), job.accelerator.num_processes
+    while min(map(len, plan_by_tokens(lengths, batch_tokens=found, **given))) < ranks and found < sum(lengths):
+        found *= 2  # every process needs a row of every step
     memory = "more than a pack has" if fitting is None else f"{fitting} tokens"
     log.info("optim.batch_tokens=auto: %d tokens a step at most (into memory fit %s)", found, memory)
     runs.write_json(job.run / "environment.json", {**record, "batch_tokens": found})

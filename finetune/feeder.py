@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from finetune.models.head import MOST_LOGITS, loss_of
 
 # Tokens of one pack: on a CPU more do not run faster; below 16 k a small base is bound by the host's launches on a GPU.
 PACK_TOKENS = {"cpu": 4096, "cuda": 32768}
+MEASURED_TOKENS = 16384  # of a batch without gradients: more are no faster, and training left less room
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class Feeder:
 
     def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The rows of every pack."""
-        return list(_bounded(examples, limit=self.max_tokens or PACK_TOKENS[self.device.type]))
+        return list(_bounded(examples, limit=self.most_tokens))
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a pack of several rows."""
+        return self.max_tokens or PACK_TOKENS[self.device.type]
 
 
 def summed_loss(model: nn.Module, batch: Batch, *, most: int = MOST_LOGITS) -> Tensor:
@@ -85,13 +91,15 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, 
     """Mean cross-entropy in nats per supervised token over all processes' shares of `examples`."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     model.eval()
-    base, total = accelerator.unwrap_model(model), torch.zeros(2, dtype=torch.float64)
+    base, losses, count = accelerator.unwrap_model(model), [], 0
+    feeder = replace(feeder, max_tokens=min(feeder.most_tokens, MEASURED_TOKENS))
     with torch.no_grad(), attending_rows(base, feeder):
-        for part in [examples[i : i + 32] for i in range(0, len(examples), 32)][rank::ranks]:
-            for batch in feeder.batches(part):
-                total += torch.tensor([summed_loss(base, batch).item(), len(batch.labels)], dtype=torch.float64)
+        for batch in feeder.batches(examples)[rank::ranks]:
+            losses.append(summed_loss(base, batch))
+            count += len(batch.labels)
     model.train()
-    summed, count = accelerator.reduce(total.float().to(accelerator.device)).tolist()
+    summed = sum(loss.item() for loss in losses)  # read at the end: the device works on while the next is prepared
+    summed, count = accelerator.reduce(torch.tensor([summed, count], device=accelerator.device)).tolist()
     return float(summed / count)
 
 

@@ -5,6 +5,7 @@ The first pass is the model's own, with its own cache, so that whatever a method
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune.models.attention import attending
 from finetune.models.fused import fused
 
 NAME = "places"
+ALIGNED = 8  # places: a GPU's attention copies a mask whose rows do not begin at a multiple of 16 bytes
 LEAVE = 0.75  # finished rows leave when at most this share is still at work
 # A GPU is asked for the finished rows every few steps; a new number of rows is a new graph, which few rows do not earn.
 LOOK, LEAVE_CUDA, MIN_ROWS_CUDA = 8, 0.5, 64
@@ -44,10 +46,12 @@ class Places:
     """A cache of a fixed size: `update` writes one token's keys and values at `place`."""
 
     def __init__(self, cache: DynamicCache, *, num_new: int) -> None:
-        """Room for `num_new` more tokens behind what `cache` holds."""
-        self.keys, self.values = ([_longer(x, num_new) for x in both] for both in _states(cache))
-        self.seen = self.num_places = self.keys[0].shape[2]  # how many of them attention looks at
-        self.place = torch.full((1,), self.num_places - num_new, device=self.keys[0].device)
+        """Room for at least `num_new` more tokens behind what `cache` holds."""
+        before = cache.get_seq_length()
+        room = num_new + -(before + num_new) % ALIGNED
+        self.keys, self.values = ([_longer(x, room) for x in both] for both in _states(cache))
+        self.seen = self.num_places = before + room  # how many of them attention looks at
+        self.place = torch.full((1,), before, device=self.keys[0].device)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, heads, places, size) with those of the new token (rows, heads, 1, size)."""
@@ -114,7 +118,7 @@ class _State:
         self.model, self.pad_id, self.cuda = model, pad_id, first.is_cuda
         self.ends = torch.tensor(list(ends), device=first.device)
         self.cache = Places(cache, num_new=num_new)
-        self.num_before = self.cache.num_places - num_new - mask.shape[1]  # virtual tokens, which no mask counts
+        self.num_before = int(cache.get_seq_length()) - mask.shape[1]  # virtual tokens, which no mask counts
         self.answers = torch.full((len(first), num_new), pad_id, device=first.device)
         self.numbers = torch.arange(len(first), device=first.device)  # of the rows at work
         self.said = self.answers.clone()  # by the rows at work
@@ -122,7 +126,7 @@ class _State:
         self.count = torch.ones(1, dtype=torch.long, device=first.device)
         self.token = first[:, None].clone()
         self.position = mask.sum(-1, keepdim=True)
-        self.mask = torch.cat([mask.bool(), mask.new_zeros(len(mask), num_new).bool()], dim=1)[:, None, None]
+        self.mask = self._unseen(mask)
         self.over = self._ending(first)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.fresh = True  # no step of so many rows yet: what a kernel's first launch allocates cannot be recorded
@@ -145,7 +149,7 @@ class _State:
         """One more token for every row; all in place."""
         if not self.cuda:
             self.cache.seen = int(self.cache.place) + 1
-        self.mask.index_fill_(3, self.cache.place - self.num_before, True)
+        self.mask.index_fill_(3, self.cache.place - self.num_before, 0.0)
         logits = self.model(
             input_ids=self.token,
             attention_mask=self.mask[..., : self.cache.seen - self.num_before],
@@ -174,6 +178,13 @@ class _State:
         for name in ("said", "token", "position", "mask", "over"):
             setattr(self, name, getattr(self, name).index_select(0, left))
         self.graph, self.fresh = None, True
+
+    def _unseen(self, mask: Tensor) -> Tensor:
+        """(rows, 1, 1, places): 0 for what attention sees, else -inf; of booleans each layer would make that again."""
+        width = self.cache.num_places - self.num_before
+        found = torch.full((len(mask), 1, 1, width), -math.inf, dtype=self.cache.values[0].dtype, device=mask.device)
+        found[:, 0, 0, : mask.shape[1]].masked_fill_(mask.bool(), 0.0)
+        return found
 
     def _ending(self, tokens: Tensor) -> Tensor:
         """Which of the tokens (rows,) end an answer; `torch.isin` asks the host where there are many ends."""

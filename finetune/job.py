@@ -54,7 +54,7 @@ class Job:
 
     def encode(self, part: Sequence[rows.Row]) -> list[Example]:
         """Rows as token ids, within the task's limits."""
-        return _encode(part, self.base, self.config)
+        return encoded_rows(part, self.base.tokenizer, **_limits(self.config))
 
     def valid_loss(self, model: Any) -> float:
         """Mean cross-entropy in nats per supervised token of the validation rows."""

@@ -1,11 +1,13 @@
 """How large a step is: what statistics, memory and the rows themselves allow."""
 
+from types import SimpleNamespace
+
 import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune import budget
+from finetune import budget, runs
 from finetune.budget import Shape, allowed, fitting_tokens
 
 GIB = 2**30
@@ -92,3 +94,14 @@ def test_a_step_that_not_every_process_has_a_row_of_is_refused():
     with pytest.raises(ValueError, match=r"step 2 has 1 rows, fewer than .*=2 .* try optim.batch_tokens=200"):
         budget.refuse_short_steps([[1, 2], [3]], batch_tokens=100, ranks=2)
     budget.refuse_short_steps([[1, 2], [3]], batch_tokens=100, ranks=1)
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 256), (2, 512)])
+def test_auto_records_the_budget_that_gives_every_process_a_row(tmp_path, monkeypatch, ranks, expected):
+    monkeypatch.setattr(budget, "_fitting", lambda job: None)
+    runs.write_json(tmp_path / "environment.json", {"precision": "float32"})
+    alone = SimpleNamespace(run=tmp_path, accelerator=SimpleNamespace(num_processes=ranks))
+    lengths, plan = [240] * 60, {"epochs": 1, "max_steps": None, "seed": 1}
+    assert budget._decided(alone, lengths, plan) == expected
+    record = runs.read_json(tmp_path / "environment.json")
+    assert (record["batch_tokens"], record["precision"]) == (expected, "float32")

@@ -103,7 +103,7 @@ def _shifted(base: Any, kwargs: dict[str, Any], *, ids: Tensor, num_tokens: int)
     found: dict[str, Any] = {}
     mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
     if cache is not None and mask is not None:
-        found["attention_mask"] = pad(mask, (num_tokens, 0), value=1)
+        found["attention_mask"] = wider(mask, num_tokens)
     if positions is None and cache is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
@@ -120,7 +120,7 @@ def _around(kwargs: dict[str, Any], *, hidden: Tensor, num_tokens: int) -> dict[
     if mask is None:
         mask = causal(tokens, num_tokens + tokens, device=hidden.device)[None, None]
     else:
-        mask = pad(mask, (num_tokens, 0), value=mask.dtype == torch.bool)
+        mask = wider(mask, num_tokens)
     found: dict[str, Any] = {"attention_mask": mask}
     if (alibi := kwargs.get("alibi")) is not None:  # (rows * heads, 1, tokens)
         heads = len(alibi) // len(hidden)
@@ -128,6 +128,11 @@ def _around(kwargs: dict[str, Any], *, hidden: Tensor, num_tokens: int) -> dict[
         before = slopes[..., :-1] - slopes[..., -1:]  # only differences of positions count
         found["alibi"] = torch.cat([before.repeat(len(hidden), 1, 1), alibi], dim=-1)
     return found
+
+
+def wider(mask: Tensor, num_tokens: int) -> Tensor:
+    """A mask, also one that is added to attention's scores, in which every row sees `num_tokens` more before it."""
+    return pad(mask, (num_tokens, 0), value=not mask.is_floating_point())
 
 
 def widened(bounds: Tensor, num_tokens: int) -> Tensor:

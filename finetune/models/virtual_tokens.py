@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from finetune.models.prefixes import order, widened
+from finetune.models.prefixes import order, widened, wider
 
 
 def insert(model: Any, *, embeddings: Callable[[], Tensor], num_tokens: int) -> None:
@@ -47,7 +46,7 @@ def _padded(
     cache, found = kwargs.get("past_key_values"), dict[str, Any]()
     first = cache is None or not cache.get_seq_length()
     if (mask := kwargs.get("attention_mask")) is not None:
-        found["attention_mask"] = pad(mask, (num_tokens, 0), value=1)
+        found["attention_mask"] = wider(mask, num_tokens)
     if positioned and (positions := kwargs.get("position_ids")) is not None:
         before = torch.arange(num_tokens if first else 0, device=positions.device).expand(len(positions), -1)
         found["position_ids"] = torch.cat([before, positions + num_tokens], dim=1)

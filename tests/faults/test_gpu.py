@@ -33,7 +33,7 @@ QUIET = ("optim.epochs=100", f"optim.max_steps={NUM_STEPS}", "optim.accumulation
 
 
 def start(run):
-    known = {**os.environ, "PYTHONPATH": str(ROOT)}
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with (run / "run.log").open("ab") as log:
         line = [sys.executable, "-m", "finetune.train", str(run)]
         return subprocess.Popen(line, env=known, stdout=log, stderr=subprocess.STDOUT)
