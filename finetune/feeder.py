@@ -91,16 +91,16 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, 
     """Mean cross-entropy in nats per supervised token over all processes' shares of `examples`."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     model.eval()
-    base, losses, count = accelerator.unwrap_model(model), [], 0
+    base, losses, count = accelerator.unwrap_model(model), list[Tensor](), 0
     feeder = replace(feeder, max_tokens=min(feeder.most_tokens, MEASURED_TOKENS))
     with torch.no_grad(), attending_rows(base, feeder):
-        for batch in feeder.batches(examples)[rank::ranks]:
+        for batch in feeder.batches(examples[rank::ranks]):
             losses.append(summed_loss(base, batch))
             count += len(batch.labels)
     model.train()
-    summed = sum(loss.item() for loss in losses)  # read at the end: the device works on while the next is prepared
-    summed, count = accelerator.reduce(torch.tensor([summed, count], device=accelerator.device)).tolist()
-    return float(summed / count)
+    total = [sum(map(float, losses)), count]  # read at the end: the device works while the host prepares
+    total = accelerator.reduce(torch.tensor(total, dtype=torch.float32, device=accelerator.device)).tolist()
+    return total[0] / total[1]
 
 
 def attending_rows(base: Any, feeder: Feeder) -> contextlib.AbstractContextManager[None]:

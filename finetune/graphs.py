@@ -150,20 +150,24 @@ class Graphs:
             weight.grad = torch.zeros_like(weight)
 
     def capture(self) -> None:
-        """Record every bucket, the largest first, so that the others fit into its memory."""
-        pool = torch.cuda.graph_pool_handle()
-        state = torch.cuda.get_rng_state(self.stream.device)
-        for bucket in sorted(self.shapes.rooms, reverse=True):
-            self.graphs[bucket] = self._captured(self.shapes.empty(bucket).to(self.stream.device), pool)
-        self.zero()
-        torch.cuda.set_rng_state(state, self.stream.device)
+        """Record every bucket, the largest first, so that the others fit into its memory.
 
-    def _captured(self, batch: Batch, pool: Any) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        All are run before, as what a first run compiles and allocates cannot be recorded. The memory of these runs is
+        given back to the device then: between the recordings it would be needed beside the graphs' own.
+        """
+        device, pool = self.stream.device, torch.cuda.graph_pool_handle()
+        state = torch.cuda.get_rng_state(device)
+        batches = {n: self.shapes.empty(n).to(device) for n in sorted(self.shapes.rooms, reverse=True)}
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for _ in range(2):
+            for batch in (*batches.values(), batches[max(batches)]):
                 self._run(batch)
         torch.cuda.current_stream().wait_stream(self.stream)
+        self.graphs = {bucket: self._captured(batch, pool) for bucket, batch in batches.items()}
+        self.zero()
+        torch.cuda.set_rng_state(state, device)
+
+    def _captured(self, batch: Batch, pool: Any) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
             loss = self._run(batch)

@@ -16,6 +16,7 @@ from finetune.loop import Loop
 from finetune.methods.blocks import blocks
 from finetune.methods.method import trainable
 from finetune.models.attention import packing
+from finetune.models.tokenizer import Example
 
 METHODS = ("lora", "adapter", "full", "llama_adapter", "prefix", "prompt")
 OPTIM = {
@@ -138,3 +139,24 @@ def test_a_replayed_loss_in_parts_is_the_eager_one_at_once(method, examples):
     assert found == pytest.approx(expected.item(), rel=1e-3)
     for gradient, weight in zip(replayed, weights, strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=2e-2, atol=2e-2 * float(weight.grad.abs().max()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recording_needs_no_more_memory_than_the_largest_pack():
+    device = torch.device("cuda")
+    weight = torch.nn.Parameter(torch.ones((), device=device))
+
+    def loss(batch):
+        return (weight * torch.ones(batch.ids.shape[1], 2**16, device=device)).sum()
+
+    rows = [Example([1] * 520, 500, prompt_cut=False, target_cut=False)] * 5  # 2600 tokens
+    shapes = Shapes.of([size(rows), Size(2400, 5, 5), Size(3000, 5, 5)], longest=520)
+    graphs = Graphs(shapes, way="graph", loss=loss, weights=[weight], device=device)
+    largest = 2 * 3072 * 2**18  # bytes of the factor and of the product
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    graphs.capture()
+    assert largest <= torch.cuda.max_memory_reserved() - before < 1.2 * largest
+    assert graphs(pack(rows), scale=1.0).item() == pytest.approx(2816 * 2**16)
+    assert weight.grad.item() == pytest.approx(2816 * 2**16)
