@@ -80,7 +80,8 @@ def read(folder: Path) -> Run:
     """Read one run. Raises ValueError or OSError, naming the file, when the folder does not hold what it claims."""
     config = _yaml(folder / "config.yaml")
     state = runs.state(folder)
-    weights, data = _hashes(folder)
+    about = runs.read_environment(folder)
+    weights, data = _hashes(about["hashes"])
     outcome = _outcome(folder) if state == "done" else {"reason": _reason(folder, state)}
     study = config.get("study")
     return Run(
@@ -93,7 +94,7 @@ def read(folder: Path) -> Run:
         state=state,
         weights=weights,
         data=data,
-        notes=_notes(folder),
+        notes=_numbers(about.get("notes")),
         **outcome,
     )
 
@@ -148,20 +149,8 @@ def _reason(folder: Path, state: str) -> str:
     return ": ".join(str(record[key]) for key in keys if record.get(key))
 
 
-def _notes(folder: Path) -> dict[str, float]:
-    try:
-        return _numbers(_json(folder / "environment.json").get("notes"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def _hashes(folder: Path) -> tuple[str | None, str | None]:
-    try:
-        hashes = _json(folder / "environment.json").get("hashes")
-    except (OSError, ValueError, RecursionError):
-        return None, None
-    if not isinstance(hashes, Mapping):
-        return None, None
+def _hashes(hashes: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """What identifies the weights, and data with the prompts' forms."""
     data = [hashes[key] for key in ("data", "templates") if hashes.get(key)]
     return _digest(hashes.get("weights")), _digest(data)
 
