@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune.models.factors import Stack, cast
 from finetune.models.low_rank import low_rank
-from finetune.models.siblings import joined, siblings
+from finetune.models.siblings import ROOM, joined, siblings
 
 PLAIN = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt")  # of peft.tuners.lora: what may be lean
 
@@ -31,6 +31,7 @@ class Joint:
 
     layers: Sequence[Any]
     weight: Tensor | None  # frozen (out, in), the layers' below each other; None: each layer has its own product
+    room: Tensor | None  # the weight, with room that A or B are copied into: see `low_rank`
     bias: Tensor | None
     outs: tuple[slice, ...]  # each layer's rows of W and B
     ranks: tuple[slice, ...]  # and its rows of A, columns of B
@@ -45,9 +46,10 @@ def lean(model: Any) -> Iterator[None]:
     """Within, layers of a PEFT model that are W x + s B A x and nothing else compute just that."""
     joints: list[Joint] = []
     hooks: list[Any] = []
+    head = model.get_output_embeddings()
     try:
         for layers in _groups(model):
-            joints.append(_joint(layers))
+            joints.append(_joint(layers, room=layers[0] is not head))  # a head is large, and often tied
             for place, layer in enumerate(layers):
                 layer.lean, layer.forward = (joints[-1], place), MethodType(_forward, layer)
         if joints:
@@ -72,8 +74,26 @@ def _casting(joints: Sequence[Joint]) -> Any:
             factors = cast(stack, dtype=dtype) if dtype else [(None, None)] * len(members)
             for joint, (a, b) in zip(members, factors, strict=True):
                 joint.a, joint.b, joint.source, joint.parts = a, b, None, ()
+            if dtype:
+                _fill([joint for joint in members if joint.room is not None])
 
     return cast_all
+
+
+@torch.no_grad()
+def _fill(joints: Sequence[Joint]) -> None:
+    """Copy each joint's B beside its weight, or A below it. A backward pass to come needs just these, too."""
+    places, factors = [], []
+    for joint in joints:
+        assert joint.room is not None
+        assert joint.a is not None
+        assert joint.b is not None
+        (rank, width), outs = joint.a.shape, len(joint.b)
+        wide = joint.room.shape[1] > width
+        places.append(joint.room.data[:, width : width + rank] if wide else joint.room.data[outs : outs + rank])
+        factors.append(joint.b if wide else joint.a)
+    if joints:
+        torch._foreach_copy_(places, factors)
 
 
 def _groups(model: Any) -> list[list[Any]]:
@@ -122,17 +142,19 @@ def _identity(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def _joint(layers: Sequence[Any]) -> Joint:
+def _joint(layers: Sequence[Any], *, room: bool) -> Joint:
     """Layers of one kind."""
     outs, ranks = (_spans([len(factor(layer)) for layer in layers]) for factor in (_b, _a))
     bases = [layer.base_layer for layer in layers]
-    weight = bias = None
+    weight = whole = bias = None
     if not _own(layers[0]):
-        weight, bias = bases[0].weight, bases[0].bias
-        if len(bases) > 1:
-            weight = joined([base.weight for base in bases])
-            bias = None if bias is None else torch.cat([base.bias for base in bases])
-    return Joint(layers, weight, bias, outs, ranks)
+        whole = joined([base.weight for base in bases], room=room)
+        weight, bias = whole[: outs[-1].stop, : bases[0].in_features], bases[0].bias
+        if len(bases) > 1 and bias is not None:
+            bias = torch.cat([base.bias for base in bases])
+        if whole.shape == weight.shape or ranks[-1].stop > ROOM or ranks[-1].stop % 8:  # rows of whole 16 bytes
+            whole = None
+    return Joint(layers, weight, whole, bias, outs, ranks)
 
 
 def _undo(joint: Joint) -> None:
@@ -186,7 +208,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     if joint.a is None or args or options or layer._disable_adapters or layer.merged_adapters:
         return type(layer).forward(layer, x, *args, **options)
     if len(joint.layers) == 1:
-        part = low_rank(_dropped(layer, x), joint.weight, joint.bias, joint.a, joint.b)
+        part = low_rank(_dropped(layer, x), _weight(joint), joint.bias, joint.a, joint.b)
     elif place == 0 or joint.source is x:
         part = _taken(joint, place, x)
     else:
@@ -195,6 +217,10 @@ def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         return part
     found = layer.base_layer(x)
     return (found + part).to(found.dtype)
+
+
+def _weight(joint: Joint) -> Tensor | None:
+    return joint.weight if joint.room is None else joint.room
 
 
 def _dropped(layer: Any, x: Tensor) -> Tensor:
@@ -206,7 +232,7 @@ def _taken(joint: Joint, place: int, x: Tensor) -> Tensor:
     if place == 0:
         assert joint.a is not None
         assert joint.b is not None
-        found = low_rank(x, joint.weight, joint.bias, joint.a, joint.b)
+        found = low_rank(x, _weight(joint), joint.bias, joint.a, joint.b)
         joint.source, joint.parts = x, found.split([out.stop - out.start for out in joint.outs], dim=-1)
     part = joint.parts[place]
     if place == len(joint.layers) - 1:

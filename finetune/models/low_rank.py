@@ -18,7 +18,10 @@ Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # x, x A^T (tokens
 
 
 def low_rank(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """(..., in) -> (..., out) with W (out, in), A (rank, in) and B (out, rank), in A's precision; no W is W = 0."""
+    """(..., in) -> (..., out) with W (out, in), A (rank, in) and B (out, rank), in A's precision; no W is W = 0.
+
+    W may have room, where B stands behind its columns or A below its rows: then one product is the sum of two.
+    """
     x = x.to(a.dtype)
     weight, bias = (None if w is None else w.to(a.dtype) for w in (weight, bias))
     if torch.compiler.is_compiling():
@@ -31,7 +34,12 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b
     """(..., out), and x A^T (tokens, rank)."""
     rows = x.reshape(-1, x.shape[-1])
     inner = linear(rows, a)
-    found = linear(inner, b) if weight is None else linear(rows, weight, bias).addmm_(inner, b.t())
+    if weight is None:
+        found = linear(inner, b)
+    elif weight.shape[1] > rows.shape[1]:
+        found = linear(torch.cat([rows, inner], 1), weight[:, : rows.shape[1] + len(a)], bias)
+    else:
+        found = linear(rows, weight[: len(b)], bias).addmm_(inner, b.t())
     return found.view(*x.shape[:-1], len(b)), inner
 
 
@@ -40,10 +48,16 @@ def _backward(gradient: Tensor, saved: Saved, *, onwards: bool) -> tuple[Tensor 
     x, inner, weight, a, b = saved
     rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(b))
     g = gradient @ b  # (tokens, rank)
-    found = None
-    if onwards:
-        found = (g @ a if weight is None else (gradient @ weight).addmm_(g, a)).view_as(x)
-    return found, g.t() @ rows, gradient.t() @ inner
+    return _onwards(gradient, g, weight, a).view_as(x) if onwards else None, g.t() @ rows, gradient.t() @ inner
+
+
+def _onwards(gradient: Tensor, g: Tensor, weight: Tensor | None, a: Tensor) -> Tensor:
+    """Gradient of the input (tokens, in)."""
+    if weight is None:
+        return g @ a
+    if len(weight) > gradient.shape[1]:
+        return torch.cat([gradient, g], 1) @ weight[: gradient.shape[1] + len(a)]
+    return (gradient @ weight[:, : a.shape[1]]).addmm_(g, a)
 
 
 class _LowRank(Function):

@@ -120,6 +120,29 @@ def test_what_is_more_than_lora_stays_pefts(method, together, examples):
     assert error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize(("rank", "fits"), [(8, True), (32, True), (4, True), (40, False)])
+def test_b_stands_beside_a_wide_weight_and_a_below_a_tall_one(rank, fits, examples):
+    model = tuned(lora(r=rank), "qwen2")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    expected = gradients(model, pad(examples, pad_id=0))
+    with lean(model):
+        found = gradients(model, pad(examples, pad_id=0))
+        block = model.get_base_model().model.layers[1]
+        gate, down, out = (
+            layer.lean[0] for layer in (block.mlp.gate_proj, block.mlp.down_proj, block.self_attn.o_proj)
+        )
+        assert out.room is None
+        assert (down.room is not None) == (rank % 8 == 0)
+        assert (gate.room is not None) == fits  # of two layers
+        if gate.room is not None:
+            assert torch.equal(gate.room[:, 32 : 32 + 2 * rank], gate.b)
+        if down.room is not None:
+            assert torch.equal(down.room[32 : 32 + rank], down.a)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert error(found[1], expected[1]) < 1e-5
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_quantised_base_keeps_its_own_products(quantize, examples, tmp_path):
     model = tuned(lora(), "qwen2", base=stored_base("qwen2", quantize=quantize, folder=tmp_path))

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_base
@@ -7,7 +5,8 @@ from peft import LoraConfig
 
 from finetune.methods.peft import Peft
 from finetune.models.lean import lean
-from finetune.models.siblings import join_siblings, joined, siblings
+from finetune.models.siblings import ROOM, join_siblings, joined, siblings
+from finetune.shelf import _around_the_same_weights
 
 
 def test_siblings_are_found_in_the_order_of_their_calls():
@@ -31,15 +30,15 @@ def test_what_is_joined_is_not_copied_again(copied):
     model = tiny_base("qwen2")
     join_siblings(model)
     if copied:
-        memo = {id(p): torch.nn.Parameter(p.data) for p in model.parameters()}
-        model = copy.deepcopy(model, memo)
-    attention = model.model.layers[1].self_attn
-    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-    places = [weight.data_ptr() for weight in weights]
-    found = joined(weights)
-    assert [weight.data_ptr() for weight in weights] == places
-    assert found.data_ptr() == places[0]
-    assert torch.equal(found, torch.cat(weights))
+        model = _around_the_same_weights(model)
+    attention, network = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    for layers in ((attention.q_proj, attention.k_proj, attention.v_proj), (network.gate_proj, network.up_proj)):
+        weights = [layer.weight for layer in layers]
+        places = [weight.data_ptr() for weight in weights]
+        found = joined(weights)
+        assert [weight.data_ptr() for weight in weights] == places
+        assert found.data_ptr() == places[0]
+        assert torch.equal(found[:, : weights[0].shape[1]], torch.cat(weights))
 
 
 def test_weights_that_lie_apart_are_brought_together():
@@ -51,10 +50,31 @@ def test_weights_that_lie_apart_are_brought_together():
     assert all(bool((weight == 7).all()) for weight in weights)
 
 
-def test_neighbours_in_the_wrong_order_are_no_matrix():
-    memory = torch.arange(24.0).view(6, 4)
-    weights = [torch.nn.Parameter(memory[4:]), torch.nn.Parameter(memory[:4])]
-    assert torch.equal(joined(weights), torch.cat([memory[4:], memory[:4]]))
+@pytest.mark.parametrize(("outs", "width", "shape"), [((9, 7), 8, (16, 8 + ROOM)), ((4,), 8, (4 + ROOM, 8))])
+def test_beside_wide_and_below_tall_matrices_there_is_room(outs, width, shape):
+    weights = [torch.nn.Parameter(torch.randn(n, width)) for n in outs]
+    before = torch.cat([weight.detach() for weight in weights])
+    found = joined(weights)
+    assert found.shape == shape
+    assert torch.equal(found[: sum(outs), :width], before)
+    assert not found[sum(outs) :].any()
+    assert not found[:, width:].any()
+    found[sum(outs) :], found[:, width:] = 7, 7  # nobody else's
+    assert torch.equal(torch.cat(weights), before)
+
+
+@pytest.mark.parametrize("change", ["order", "memory", "room"])
+def test_what_does_not_lie_in_its_matrix_any_more_is_joined_again(change):
+    weights = [torch.nn.Parameter(torch.randn(n, 4)) for n in (3, 5)]
+    first = joined(weights)
+    if change == "order":
+        weights = weights[::-1]
+    elif change == "memory":
+        weights[1].data = weights[1].data.clone()
+    before = torch.cat([weight.detach().clone() for weight in weights])
+    found = joined(weights, room=change != "room")
+    assert found.data_ptr() != first.data_ptr()
+    assert torch.equal(found[:, :4], before)
 
 
 def test_where_only_some_siblings_are_tuned_none_is_moved():
