@@ -1,6 +1,6 @@
 """A frozen linear layer with a low-rank product beside it, y = x W^T + bias + (x A^T) B^T, and its gradients.
 
-Three products forward and five backward, added where they lie: PEFT's own forward pass also casts input, weights and
+Two or three products forward and four or five backward, added where they lie: PEFT's own forward pass also casts input, weights and
 gradients between precisions in every layer, and adds in kernels of their own.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import linear
 
 Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # x, x A^T (tokens, rank), W, A, B
 
@@ -20,7 +19,7 @@ Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # x, x A^T (tokens
 def low_rank(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """(..., in) -> (..., out) with W (out, in), A (rank, in) and B (out, rank), in A's precision; no W is W = 0.
 
-    W may have room, where B stands behind its columns or A below its rows: then one product is the sum of two.
+    W may have room, where B stands behind its columns or A below its rows: then one product does for two.
     """
     x = x.to(a.dtype)
     weight, bias = (None if w is None else w.to(a.dtype) for w in (weight, bias))
@@ -32,14 +31,7 @@ def low_rank(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(..., out), and x A^T (tokens, rank)."""
-    rows = x.reshape(-1, x.shape[-1])
-    inner = linear(rows, a)
-    if weight is None:
-        found = linear(inner, b)
-    elif weight.shape[1] > rows.shape[1]:
-        found = linear(torch.cat([rows, inner], 1), weight[:, : rows.shape[1] + len(a)], bias)
-    else:
-        found = linear(rows, weight[: len(b)], bias).addmm_(inner, b.t())
+    found, inner = _sum(x.reshape(-1, x.shape[-1]), None if weight is None else weight.t(), a.t(), b.t(), bias)
     return found.view(*x.shape[:-1], len(b)), inner
 
 
@@ -47,17 +39,25 @@ def _backward(gradient: Tensor, saved: Saved, *, onwards: bool) -> tuple[Tensor 
     """Gradients of x, if it goes `onwards`, of A and of B."""
     x, inner, weight, a, b = saved
     rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(b))
-    g = gradient @ b  # (tokens, rank)
-    return _onwards(gradient, g, weight, a).view_as(x) if onwards else None, g.t() @ rows, gradient.t() @ inner
+    found, g = _sum(gradient, weight, b, a) if onwards else (None, gradient @ b)
+    return None if found is None else found.view_as(x), g.t() @ rows, gradient.t() @ inner
 
 
-def _onwards(gradient: Tensor, g: Tensor, weight: Tensor | None, a: Tensor) -> Tensor:
-    """Gradient of the input (tokens, in)."""
-    if weight is None:
-        return g @ a
-    if len(weight) > gradient.shape[1]:
-        return torch.cat([gradient, g], 1) @ weight[: gradient.shape[1] + len(a)]
-    return (gradient @ weight[:, : a.shape[1]]).addmm_(g, a)
+def _sum(rows: Tensor, m: Tensor | None, d: Tensor, u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(tokens, out), `rows` M + (`rows` D) U + bias, and `rows` D (tokens, rank); M may have room, see `low_rank`."""
+    (width, rank), outs = d.shape, u.shape[1]
+    if m is not None and m.shape[1] > outs and bias is None:  # [M D]
+        both = rows @ m[:, : outs + rank]
+        inner = both[:, outs:].contiguous()
+        return torch.addmm(both[:, :outs], inner, u), inner
+    inner = rows @ d
+    if m is None:
+        return inner @ u, inner
+    if len(m) > width:  # [M; U]
+        rows, m = torch.cat([rows, inner], 1), m[: width + rank]
+        return rows @ m if bias is None else torch.addmm(bias, rows, m), inner
+    m = m[:, :outs]
+    return (rows @ m if bias is None else torch.addmm(bias, rows, m)).addmm_(inner, u), inner
 
 
 class _LowRank(Function):
