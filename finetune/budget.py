@@ -31,7 +31,7 @@ FEWEST_STEPS = 100  # of a run: fewer leave no room for a warm-up and a schedule
 # Of the free memory that may be planned for; the rest is fragments, graphs and what was not thought of.
 FREE_SHARE = 0.8
 TRAINED_SHARE = 0.05  # parameters that a method adds to a base that stays as it is, at the most
-LOGIT_BYTES = 14  # see finetune.models.head
+LOGIT_BYTES = 10  # see finetune.models.head
 
 
 @dataclass(frozen=True)

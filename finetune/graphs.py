@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finetune.data.batches import Batch
+from finetune.models.head import IGNORED, compiled_loss
 
-IGNORED = -100  # cross-entropy's label that does not count
 SECONDS_SAVED = 0.004  # of host time by a replayed layer, forward and backward
 SECONDS_CAPTURE = 0.7  # for one bucket
 SECONDS_COMPILE = 20.0  # of one kind of layer, with an empty cache
@@ -110,7 +110,7 @@ def compiled(layers: nn.ModuleList, embeddings: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.compile()
     try:
-        with _recomputable():
+        with _recomputable(), compiled_loss():
             yield
     finally:
         hook.remove()

@@ -1,7 +1,7 @@
 """A frozen linear layer with a low-rank product beside it, y = x W^T + bias + (x A^T) B^T, and its gradients.
 
-Two or three products forward and four or five backward, added where they lie: PEFT's own forward pass also casts input, weights and
-gradients between precisions in every layer, and adds in kernels of their own.
+Two or three products forward and four or five backward, added where they lie: PEFT's own forward pass also casts input,
+weights and gradients between precisions in every layer, and adds in kernels of their own.
 """
 
 from __future__ import annotations

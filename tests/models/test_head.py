@@ -1,5 +1,7 @@
 """The loss at the head, in parts or not, is the cross-entropy of the logits that the model gives."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -7,12 +9,14 @@ from accelerate.utils import convert_outputs_to_fp32
 from conftest import ARCHITECTURES, PACKED, tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 
 from finetune.data.batches import pack, pad
 from finetune.feeder import summed_loss
 from finetune.methods.build import build
 from finetune.models.attention import packing
+from finetune.models.head import _compiled, _compiled_with_slope, _with_slope
 from finetune.models.lean import lean
 
 LORA = {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": False}
@@ -94,6 +98,33 @@ def test_no_number_of_parts_changes_the_loss(most):
     batch = pack([type("Row", (), {"ids": ids, "num_prompt": 1})()])
     with packing(base), torch.no_grad():
         assert summed_loss(base, batch, most=most).item() == pytest.approx(summed_loss(base, batch).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", [_with_slope, _compiled_with_slope], ids=["plain", "compiled"])
+def test_the_gradient_is_the_cross_entropys_and_ignored_labels_have_none(way, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    generator = torch.Generator().manual_seed(0)
+    for positions in (5, 9, 40):
+        exact = (6 * torch.randn(positions, 96, generator=generator)).requires_grad_()
+        labels = torch.randint(96, (positions,), generator=generator)
+        labels[1::3] = -100
+        expected = cross_entropy(exact, labels, reduction="sum")
+        [slope] = torch.autograd.grad(expected, exact)
+        loss, found = way(exact.detach(), labels)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-7)
+        assert not found[labels == -100].any()
+    assert counters["stats"]["unique_graphs"] == (way is _compiled_with_slope)  # one for all sizes
+    _compiled.cache_clear()
+
+
+def test_where_the_answer_is_nearly_certain_a_coarse_gradient_is_rounded_once():
+    logits = torch.tensor([[9.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    _, found = _with_slope(logits, torch.tensor([0]))
+    assert found[0, 0] == torch.softmax(logits.double(), -1)[0, 0].sub(1).bfloat16() != 0
 
 
 def test_no_head_ever_sees_more_positions_than_asked_for(examples):
