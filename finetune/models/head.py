@@ -2,9 +2,9 @@
 
 Logits cost more than anything else of a pack. 32768 tokens of which 15 % are supervised are 4900 positions; with a
 vocabulary of 151936 their logits are 0.75 G numbers, of which a cross-entropy in float32 over bfloat16 logits holds
-about 10 bytes each at its peak (logits, their copy in float32 and the logarithms of the softmax): 7.5 GB. In parts of at
-most 2^27 numbers it is 1.3 GB whatever the pack holds, and one gradient of the hidden states beside it (9 MB for a width
-of 896). Compiled, it is 4 bytes.
+about 10 bytes each at its peak (logits, their copy in float32 and the logarithms of the softmax): 7.5 GB. In parts of
+at most 2^27 numbers it is 1.3 GB whatever the pack holds, and one gradient of the hidden states beside it (9 MB for a
+width of 896). Compiled, it is 4 bytes.
 
 For the time of a forward pass the head's `forward` gives the loss, so that it is computed inside of whatever wraps the
 base: autocast, PEFT's hooks, several processes' gradient averaging.
