@@ -11,13 +11,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from finetune.data.batches import bounded
 
 FORMAT = 1
 KEPT = 2
@@ -34,7 +36,7 @@ def write(folder: Path, state: Any, *, step: int, about: Mapping[str, Any]) -> N
     try:
         tensors: dict[str, Tensor] = {}
         _write_text(part / TREE, json.dumps(_without(state, tensors)))
-        for number, names in enumerate(_shards(tensors)):
+        for number, names in enumerate(bounded(tensors, size=lambda name: tensors[name].nbytes, limit=SHARD_BYTES)):
             copies = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in names}
             save_file(copies, part / f"tensors-{number:03d}.safetensors")
         _seal(part, step=step, about=about)
@@ -119,19 +121,6 @@ def _with(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _with(item, tensors) for key, item in content}
     items = [_with(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    names: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.nbytes
-    if names:
-        yield names
 
 
 def _seal(part: Path, *, step: int, about: Mapping[str, Any]) -> None:

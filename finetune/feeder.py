@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.data.batches import Batch, Example, group, pack, pad
+from finetune.data.batches import Batch, Example, bounded, group, pack, pad
 from finetune.models.attention import packing
 from finetune.models.head import MOST_LOGITS, loss_of
 
@@ -42,7 +42,7 @@ class Feeder:
 
     def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The rows of every pack."""
-        return list(_bounded(examples, limit=self.most_tokens))
+        return list(bounded(examples, size=lambda row: len(row.ids), limit=self.most_tokens))
 
     @property
     def most_tokens(self) -> int:
@@ -106,20 +106,6 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, feeder: Feeder, 
 def attending_rows(base: Any, feeder: Feeder) -> contextlib.AbstractContextManager[None]:
     """Within, packed rows attend to themselves only."""
     return packing(base) if feeder.packed else contextlib.nullcontext()
-
-
-def _bounded(examples: Sequence[Example], *, limit: int) -> Iterator[list[Example]]:
-    """Rows in order, cut into packs of bounded size."""
-    found: list[Example] = []
-    size = 0
-    for example in examples:
-        if found and size + len(example.ids) > limit:
-            yield found
-            found, size = [], 0
-        found.append(example)
-        size += len(example.ids)
-    if found:
-        yield found
 
 
 def _bounded_rows(examples: Sequence[Example], *, limit: int | None) -> Iterator[Sequence[Example]]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from finetune.data.batches import Example, pack, pad, supervised
+from finetune.data.batches import Example, bounded, pack, pad, supervised
 from finetune.data.rows import Row
 from finetune.evaluate import Answer, Decoding, predict
 from finetune.feeder import packed_logits, summed_loss
@@ -185,28 +185,17 @@ def _losses(probe: Probe, model: Any) -> Tensor:
     """Mean cross-entropy of every seen row, nats per token (rows,)."""
     if not probe.packed:
         return torch.tensor([_loss(probe, model, row).item() for row in probe.seen])
+
+    def size(row: Example) -> int:
+        return len(supervised(row, loss_on=probe.loss_on))
+
     found: list[float] = []
-    for rows in _of_few_logits(probe):
+    for rows in bounded(probe.seen, size=size, limit=LOGITS):
         batch = pack(rows, loss_on=probe.loss_on).to(probe.accelerator.device)
         losses = cross_entropy(packed_logits(model, batch).float(), batch.labels, reduction="none")
-        parts = losses.split([len(supervised(row, loss_on=probe.loss_on)) for row in rows])
+        parts = losses.split([size(row) for row in rows])
         found += torch.stack([part.mean() for part in parts]).tolist()
     return torch.tensor(found)
-
-
-def _of_few_logits(probe: Probe) -> Iterator[list[Example]]:
-    """The seen rows in groups of at most `LOGITS` supervised tokens, at least one row each."""
-    group: list[Example] = []
-    count = 0
-    for row in probe.seen:
-        size = len(supervised(row, loss_on=probe.loss_on))
-        if group and count + size > LOGITS:
-            yield group
-            group, count = [], 0
-        group.append(row)
-        count += size
-    if group:
-        yield group
 
 
 def _loss(probe: Probe, model: Any, row: Example) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+Item = TypeVar("Item")
 WASTE = 0.25  # share of a padded batch that may be padding before its rows are split by length
 
 
@@ -45,6 +46,20 @@ class Batch:
             k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
         return replace(self, **moved)
+
+
+def bounded(items: Iterable[Item], *, size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """The items in order, in groups of at most `limit` together; one that is larger is alone."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
 
 
 def plan(num_rows: int, *, epochs: float, batch_rows: int, max_steps: int | None, seed: int) -> list[list[int]]:

@@ -1,8 +1,11 @@
+import itertools
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from finetune.data.batches import group, pack, pad, plan, supervised
+from finetune.data.batches import bounded, group, pack, pad, plan, supervised
 
 
 def test_every_epoch_shows_every_row_once_in_a_new_order():
@@ -45,3 +48,11 @@ def test_groups_keep_all_rows_and_bound_the_padding(examples):
     assert Counter(id(e) for g in groups for e in g) == Counter(map(id, examples))
     for found in groups:
         assert sum(len(e.ids) for e in found) >= 0.75 * len(found) * max(len(e.ids) for e in found)
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 12))
+def test_bounded_groups_are_full_and_keep_the_order(sizes, limit):
+    groups = list(bounded(sizes, size=int, limit=limit))
+    assert [size for group in groups for size in group] == sizes
+    assert all(sum(group) <= limit or len(group) == 1 for group in groups)
+    assert all(sum(one) + after[0] > limit for one, after in itertools.pairwise(groups))
