@@ -105,7 +105,10 @@ def way(asked: str, *, num_packs: int, num_buckets: int, num_layers: int) -> str
 
 @contextlib.contextmanager
 def compiled(layers: nn.ModuleList, embeddings: nn.Module) -> Iterator[None]:
-    """Within, the layers are compiled, all as one: the first would be another kind if its input had no gradient."""
+    """Within, the layers are compiled, all as one, and the loss.
+
+    The first layer would be another kind if its input had no gradient.
+    """
     hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for layer in layers:
         layer.compile()

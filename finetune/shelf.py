@@ -78,5 +78,5 @@ def _around_the_same_weights(model: Any) -> Any:
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
-        vars(memo[id(parameter)]).update(vars(parameter))  # the matrix that it lies in
+        vars(memo[id(parameter)]).update(vars(parameter))  # whose matrix it lies in
     return copy.deepcopy(model, memo)

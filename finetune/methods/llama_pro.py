@@ -60,8 +60,6 @@ def _identity(block: nn.Module, *, config: Any) -> nn.Module:
     if getattr(config, "apply_residual_connection_post_layernorm", False):
         raise ValueError("the residual is taken after the layer norm, so no block can start as the identity")
     twin = copy.deepcopy(block, {id(config): config})
-    for weight in twin.parameters():  # in a matrix with room its rows lie apart, which optimizers do not take
-        weight.data = weight.data.contiguous()
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
             parent, _, last = name.rpartition(".")

@@ -75,8 +75,10 @@ def _at(head: Any, *, labels: Tensor, select: Select, most: int) -> Iterator[lis
 def _summed(head: Any, own: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, most: int) -> Tensor:
     """The loss of hidden states (positions, width), in as many parts as are needed."""
     num_parts = max(1, -(-len(labels) * len(getattr(head, "weight", ())) // most))
-    size = -(-len(labels) // num_parts)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
+    if num_parts == 1 and weights:  # their gradients are as large as the logits, and in float16 want the loss's scale
+        return _cross_entropy(own(hidden), labels)
+    size = -(-len(labels) // num_parts)
     if torch.is_grad_enabled() and (weights or hidden.requires_grad):
         found: Tensor = _InParts.apply(own, labels, size, hidden, *weights)
         return found

@@ -43,7 +43,10 @@ class Joint:
 
 @contextlib.contextmanager
 def lean(model: Any) -> Iterator[None]:
-    """Within, layers of a PEFT model that are W x + s B A x and nothing else compute just that."""
+    """Within, layers of a PEFT model that are W x + s B A x and nothing else compute just that.
+
+    One model at a time around the same weights: its factors are beside them.
+    """
     joints: list[Joint] = []
     hooks: list[Any] = []
     head = model.get_output_embeddings()

@@ -23,7 +23,10 @@ def siblings(children: Mapping[str, Layer]) -> list[list[Layer]]:
 
 
 def join_siblings(model: Any) -> None:
-    """Lay the weights of siblings one behind the other, with their room, so that no run needs a copy of them."""
+    """Lay the weights of siblings one behind the other, with their room, so that no run needs a copy of them.
+
+    `save_pretrained` does not take weights that lie so.
+    """
     head = model.get_output_embeddings()
     for parent in model.modules():
         plain = {n: child for n, child in parent.named_children() if type(child) is nn.Linear and child is not head}
@@ -38,32 +41,28 @@ def join_siblings(model: Any) -> None:
 
 
 @torch.no_grad()
-def joined(weights: Sequence[Tensor], *, room: bool = True) -> Tensor:
+def joined(weights: Sequence[Any], *, room: bool = True) -> Tensor:
     """One matrix whose rows are those of the weights (out, in), which from now on lie in it, and their room.
 
     (outs, in + ROOM) if it has at least twice as many rows as columns, (outs + ROOM, in) if half as many.
     """
     outs, width = sum(map(len, weights)), weights[0].shape[1]
     shape = outs + ROOM * (room and width >= 2 * outs), width + ROOM * (room and outs >= 2 * width)
-    whole: Tensor | None = getattr(weights[0], "whole", None)
-    if shape == weights[0].shape or (len(weights) == 1 and whole is not None and len(whole) != shape[0]):
-        return weights[0].detach()  # alone, or one of others' matrix
-    if whole is None or not _lie_in(weights, whole, shape):
+    if len(weights) == 1 and (shape == weights[0].shape or getattr(weights[0], "outs", outs) != outs):
+        return weights[0].detach()  # no room, or one of others' matrix
+    if not _lie_in(weights, outs, shape):
         whole = weights[0].new_zeros(shape)
-        start = 0
-        for weight in weights:
-            part = whole[start : start + len(weight), :width]
-            weight.data = part.copy_(weight)
-            weight.whole = whole  # type: ignore[attr-defined]
-            start += len(weight)
-    return whole
+        for weight, part in zip(weights, whole[:outs, :width].split([len(weight) for weight in weights]), strict=True):
+            weight.data, weight.outs = part.copy_(weight), outs
+    return weights[0].detach().as_strided(shape, (shape[1], 1))
 
 
-def _lie_in(weights: Sequence[Tensor], whole: Tensor, shape: tuple[int, int]) -> bool:
-    """Are they its rows, in this order?"""
-    place = whole.data_ptr()
+def _lie_in(weights: Sequence[Any], outs: int, shape: tuple[int, int]) -> bool:
+    """Are they, in this order, the first `outs` rows of a matrix of this shape, and that all of their memory?"""
+    storage, size = weights[0].untyped_storage(), weights[0].element_size()
+    place = storage.data_ptr()
     for weight in weights:
-        if weight.data_ptr() != place or weight.stride() != whole.stride():
+        if (weight.data_ptr(), weight.stride(), getattr(weight, "outs", 0)) != (place, (shape[1], 1), outs):
             return False
-        place += weight.nbytes // weight.shape[1] * whole.shape[1]
-    return whole.shape == shape
+        place += len(weight) * shape[1] * size
+    return storage.nbytes() == shape[0] * shape[1] * size

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_base
@@ -75,6 +77,23 @@ def test_what_does_not_lie_in_its_matrix_any_more_is_joined_again(change):
     found = joined(weights, room=change != "room")
     assert found.data_ptr() != first.data_ptr()
     assert torch.equal(found[:, :4], before)
+
+
+def test_room_is_not_taken_from_siblings_that_are_as_large_as_it():
+    q, k, v = (torch.nn.Parameter(torch.randn(n, 128)) for n in (32, ROOM // 2, ROOM // 2))
+    before = torch.cat([q, k, v]).clone()
+    joined([q, k, v])
+    found = joined([q])
+    assert found.shape == q.shape  # as its room would be k and v
+    assert torch.equal(torch.cat([q, k, v]), before)
+
+
+def test_a_converted_weight_keeps_no_old_matrix():
+    weight = torch.nn.Parameter(torch.randn(16, 4))
+    old = weakref.ref(joined([weight]).untyped_storage())
+    weight.data = weight.data.bfloat16()
+    assert old() is None
+    assert joined([weight]).dtype == torch.bfloat16
 
 
 def test_where_only_some_siblings_are_tuned_none_is_moved():
