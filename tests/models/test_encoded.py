@@ -43,11 +43,12 @@ def test_the_second_time_they_come_from_the_file(tokenizer, folder, monkeypatch)
     assert len(files(folder)) == 1
 
 
-def test_whatever_ids_follow_from_has_a_file_of_its_own(tmp_path, folder):
+def test_whatever_ids_follow_from_has_a_file_of_its_own(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(encoded, "FEWEST_ROWS", 8)
     one = loaded("chatml", tmp_path / "one")
     other = loaded("glm", tmp_path / "other")
     ended = loaded("chatml", tmp_path / "ended", control=("<|im_start|>", "<|im_end|>", "</s>"))
-    asked = rows()
+    asked = rows(8)
     changed = [dataclasses.replace(asked[0], target="x"), *asked[1:]]
     turned = [dataclasses.replace(asked[0], history=(("早", "好"),)), *asked[1:]]
     for tokenizer in (one, other, ended):
