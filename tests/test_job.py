@@ -312,3 +312,11 @@ def test_a_row_that_never_fits_fails_the_run_and_says_what_would(base, start, tm
     found = runs.read_json(run / "failure.json")
     assert found["kind"] == "out of memory"
     assert re.search(r"one row of \d+ tokens does not fit .* method.quantize=nf4", found["message"])
+
+
+def test_a_wrong_number_of_processes_is_refused(base, tmp_path):
+    run = compose(tmp_path / "run", base, "launch.num_processes=2")
+    job = [sys.executable, "-m", "finetune.train", str(run)]
+    result = subprocess.run(job, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 1
+    assert "launch.num_processes=2, but 1" in result.stdout

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -157,18 +155,6 @@ def test_two_ranks_train_as_one(command, tmp_path):
         for study in ("one", "two")
     ]
     assert answers[0] == answers[1]
-
-
-def test_a_wrong_number_of_processes_is_refused(tmp_path, base, command):
-    assert command("method=none").returncode == 0
-    [folder] = folders(tmp_path)
-    (folder / "scores.json").unlink()
-    text = (folder / "config.yaml").read_text().replace("num_processes: 1", "num_processes: 2")
-    (folder / "config.yaml").write_text(text)
-    job = [sys.executable, "-m", "finetune.train", str(folder)]
-    result = subprocess.run(job, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 1
-    assert "launch.num_processes=2, but 1" in result.stdout
 
 
 @pytest.mark.parametrize("launch", ["process", "worker"])
