@@ -53,11 +53,12 @@ def bounded(items: Iterable[Item], *, size: Callable[[Item], int], limit: int) -
     group: list[Item] = []
     total = 0
     for item in items:
-        if group and total + size(item) > limit:
+        own = size(item)
+        if group and total + own > limit:
             yield group
             group, total = [], 0
         group.append(item)
-        total += size(item)
+        total += own
     if group:
         yield group
 

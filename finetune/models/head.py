@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, log_softmax
 
 IGNORED = -100  # a label that does not count
 MOST_LOGITS = 2**27  # numbers at once: 883 positions of a vocabulary of 151936
@@ -87,7 +87,7 @@ def _summed(head: Any, own: Callable[[Tensor], Tensor], hidden: Tensor, labels: 
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return nll_loss(log_softmax(logits, -1, dtype=torch.float32), labels, ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune.models.factors import Stack, cast
 from finetune.models.low_rank import low_rank
-from finetune.models.siblings import ROOM, joined, siblings
+from finetune.models.siblings import ROOM, joined, together
 
 PLAIN = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt")  # of peft.tuners.lora: what may be lean
 
@@ -101,15 +101,12 @@ def _fill(joints: Sequence[Joint]) -> None:
 
 def _groups(model: Any) -> list[list[Any]]:
     """The layers that can be lean, siblings together."""
-    found = []
-    for parent in list(model.modules()):
-        children = {name: child for name, child in parent.named_children() if _plain(child)}
-        # Part of a group would be copied: the weights of all lie together.
-        whole = [group for group in siblings(dict(parent.named_children())) if all(map(_plain, group))]
-        groups = [group for group in whole if len(set(map(_kind, group))) == 1 and _identity(group[0])]
-        together = [layer for group in groups for layer in group]
-        found += [*groups, *([layer] for layer in children.values() if layer not in together)]
-    return found
+    blocks = [dict(module.named_children()) for module in model.modules()]
+    return [group for children in blocks for group in together(children, one=_plain, alike=_alike)]
+
+
+def _alike(layers: Sequence[Any]) -> bool:
+    return len(set(map(_kind, layers))) == 1 and _identity(layers[0])
 
 
 def _plain(layer: Any) -> bool:

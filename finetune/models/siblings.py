@@ -5,7 +5,7 @@ Where a weight (out, in) is far from square there is room beside it, for what `f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,18 @@ def siblings(children: Mapping[str, Layer]) -> list[list[Layer]]:
     return [group for group in groups if len(group) > 1]
 
 
+def together(
+    children: Mapping[str, Any], *, one: Callable[[Any], bool], alike: Callable[[list[Any]], bool]
+) -> list[list[Any]]:
+    """A block's layers that are `one`: siblings together, if all of them are and they are `alike`, each other alone.
+
+    Part of a group would be copied: the weights of all lie together.
+    """
+    groups = [group for group in siblings(children) if all(map(one, group)) and alike(group)]
+    found = {id(layer) for group in groups for layer in group}
+    return [*groups, *([layer] for layer in children.values() if one(layer) and id(layer) not in found)]
+
+
 def join_siblings(model: Any) -> None:
     """Lay the weights of siblings one behind the other, with their room, so that no run needs a copy of them.
 
@@ -29,15 +41,14 @@ def join_siblings(model: Any) -> None:
     """
     head = model.get_output_embeddings()
     for parent in model.modules():
-        plain = {n: child for n, child in parent.named_children() if type(child) is nn.Linear and child is not head}
-        groups = [
-            group
-            for group in siblings(plain)
-            if len({(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in group}) == 1
-        ]
-        together = [layer for group in groups for layer in group]
-        for group in (*groups, *([layer] for layer in plain.values() if layer not in together)):
+        for group in together(
+            dict(parent.named_children()), one=lambda c: type(c) is nn.Linear and c is not head, alike=_alike
+        ):
             joined([layer.weight for layer in group])
+
+
+def _alike(layers: Sequence[nn.Linear]) -> bool:
+    return len({(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in layers}) == 1
 
 
 @torch.no_grad()
