@@ -179,7 +179,19 @@ def _prepare(network: Any, tokenizer: Any, *, end_ids: list[int], source: Source
     network.generation_config = transformers.GenerationConfig(
         eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
+    keep_packing(network)
     network.eval()
+
+
+def keep_packing(network: Any) -> None:
+    """Keep 4-bit weights as they lie.
+
+    On CPUs with bfloat16 units bitsandbytes would repack them at the first evaluation, for a product in bfloat16
+    through which no gradient flows.
+    """
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _unpacked(source: Source, *, precision: str, key: str, log: Log) -> Path:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from finetune.cells import CONF
 from finetune.methods.build import build
 from finetune.methods.method import Method
+from finetune.models.load import keep_packing
 
 MODELS = {"qwen2": "qwen", "llama": "llama", "glm": "chatglm", "bloom": "bloom"}
 UNTRAINED = ("none", "few_shot", "decoder_tuning")  # no loss to lower; each has tests of its own
@@ -87,7 +88,9 @@ def stored_base(architecture: str, *, quantize: str | None, folder: Path) -> Any
     four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     how = transformers.BitsAndBytesConfig(**four_bits if quantize == "nf4" else {"load_in_8bit": True})
     loading = {"quantization_config": how, "dtype": torch.float32, "device_map": {"": "cpu"}}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **loading).eval()
+    found = transformers.AutoModelForCausalLM.from_pretrained(folder, **loading).eval()
+    keep_packing(found)
+    return found
 
 
 @torch.no_grad()
