@@ -114,7 +114,7 @@ def counted(trainer: Any) -> list[int]:
     return counts
 
 
-class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+class Watch(transformers.TrainerCallback):
     """Tells the meter of every step."""
 
     def __init__(self, meter: Meter, counts: Sequence[int]) -> None:

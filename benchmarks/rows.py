@@ -12,6 +12,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it would import torch
+    from finetune.data.batches import Example
 
 PAD, END = 0, 1
 MOST = 160  # tokens of an answer, the end included
@@ -53,7 +57,7 @@ def rows(count: int, *, vocab_size: int, seed: int = 0, announced: bool = False,
     return found
 
 
-def num_tokens(some: Sequence[Row]) -> int:
+def num_tokens(some: Sequence[Example]) -> int:
     """Real tokens of the rows."""
     return sum(len(row.ids) for row in some)
 

@@ -94,7 +94,7 @@ def tokenizer(size: int) -> Any:
     special = {"<pad>": PAD, "<|endoftext|>": END, "<unk>": size - 1}
     words = {word(token): token for token in range(END + 1, size - 1)}
     inner = Tokenizer(models.WordLevel({**special, **words}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<|endoftext|>", unk_token="<unk>"
     )

@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--inside", nargs=2, metavar=("SHAPE", "WHO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        print(json.dumps(inside(*args.inside, args.seconds, args.times)))
+        shape, who = args.inside
+        print(json.dumps(inside(shape, who, args.seconds, args.times)))
         return
     about = details()
     for shape in args.shapes.split(","):
