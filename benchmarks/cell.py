@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import child, details, show
-from benchmarks.formula import EPOCHS
+from benchmarks.formula import EPOCHS, ROWS
 from benchmarks.meter import WARM_UP
 
 OURS = ("process", "worker")
@@ -69,7 +69,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.peers import GROUPED
     from benchmarks.rows import rows
     from benchmarks.shapes import stored, vocab_size
-    from benchmarks.training import ROWS, contenders
+    from benchmarks.training import contenders
 
     if args.inside == "store":
         return {"folder": str(stored(args.shape))}
@@ -98,7 +98,6 @@ def ours(args: argparse.Namespace, launch: str) -> dict[str, Any]:
     """This project's command in an empty folder, and what its runs recorded."""
     from benchmarks.rows import rows, write
     from benchmarks.shapes import stored, vocab_size
-    from benchmarks.training import ROWS
 
     size = vocab_size(args.shape)
     with tempfile.TemporaryDirectory() as place:

@@ -19,7 +19,8 @@ class Over(Exception):
 class Meter:
     """Real tokens per second of whole cycles of steps, and the seconds of named phases.
 
-    It ends after so many seconds, or after exactly `num_steps` steps.
+    It ends after so many seconds, or after exactly `num_steps` steps. Where the late rate, that of the last half, is
+    far above the rate of all, a contender was not steady yet: it prepares, say, each new length of a batch.
     """
 
     def __init__(self, seconds: float, *, cycle: int = 1, num_steps: int | None = None) -> None:
@@ -29,6 +30,7 @@ class Meter:
         self.start = self.took = 0.0
         self.steps = self.tokens = self.all_tokens = 0
         self.first_loss = 0.0
+        self.cycles: list[tuple[float, int]] = []  # at the end of each: when its last step was launched, and tokens
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -44,11 +46,14 @@ class Meter:
         if self.steps == WARM_UP:
             self.start, self.tokens = now(), 0
             self.phases["start_up"] = self.start - self.began
+            self.cycles = [(self.start, 0)]
         elif self.steps > WARM_UP:
             self.tokens += num_tokens
-            whole = (self.steps - WARM_UP) % self.cycle == 0
-            timed = whole and time.perf_counter() - self.start > self.seconds
-            if self.steps == self.num_steps or (timed and not self.num_steps):
+            whole, moment = (self.steps - WARM_UP) % self.cycle == 0, time.perf_counter()
+            last = self.steps == self.num_steps
+            if whole or last:
+                self.cycles.append((moment, self.tokens))
+            if last or (whole and not self.num_steps and moment - self.start > self.seconds):
                 self.took = now() - self.start
                 return True
         return False
@@ -58,6 +63,7 @@ class Meter:
         cuda = torch.cuda.is_available()
         return {
             "tokens_per_second": self.tokens / self.took,
+            "late_tokens_per_second": self._late(),
             "steps_per_second": (self.steps - WARM_UP) / self.took,
             "num_steps": self.steps,
             "num_tokens": self.all_tokens,
@@ -65,6 +71,11 @@ class Meter:
             "first_loss": self.first_loss,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         }
+
+    def _late(self) -> float:
+        """Of the last half of the cycles, or more where they are odd in number."""
+        (began, before), (ended, after) = self.cycles[(len(self.cycles) - 1) // 2], self.cycles[-1]
+        return (after - before) / (ended - began)
 
 
 def now() -> float:

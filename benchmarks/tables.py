@@ -40,27 +40,32 @@ def document(lines: Sequence[Line]) -> list[str]:
     ):
         if table := make(good):
             found.append(f"### {title}\n\n{table}")
-    found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in lines if "failed" in x]
+    failed = (x for what in ("training", "cell", "check") for x in _latest(lines, what=what) if "failed" in x)
+    found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in failed]
     return found
 
 
 def training(lines: Sequence[Line]) -> str:
     """Rates, memory and start-up of every contender."""
     rows = [
-        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]), f"{x['steps_per_second']:.1f}",
-         f"{x['peak_gib']:.1f}", f"{x['start_up_seconds']:.0f}", f"{x['first_loss']:.2f}")
+        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]), _thousands(x["late_tokens_per_second"]),
+         f"{x['steps_per_second']:.1f}", f"{x['peak_gib']:.1f}", f"{x['start_up_seconds']:.0f}",
+         f"{x['first_loss']:.2f}")
         for x in _latest(lines, what="training")
     ]  # fmt: skip
-    return table("shape|contender|rows' length|tokens/s|steps/s|peak GiB|start-up s|first loss", rows, words=3)
+    return table(
+        "shape|contender|rows' length|tokens/s|of the last half|steps/s|peak GiB|start-up s|first loss", rows, words=3
+    )
 
 
 def ratios(lines: Sequence[Line]) -> str:
     """This project's rate over each peer's at the peer's own number of rows."""
     rates = {(x["shape"], x["who"]): x["tokens_per_second"] for x in _latest(lines, what="training") if x["times"] == 1}
-    pairs = (
+    pairs = [
         ("compiled", "trl"), ("compiled", "trl-tuned"), ("compiled", "trainer"), ("compiled-4", "peft"),
-        ("compiled-64", "trl-tuned-32"), ("eager", "trl"),
-    )  # fmt: skip
+        ("compiled-128", "trl-tuned-32"), ("compiled-64", "trl-tuned-16"), ("eager", "trl"),
+    ]  # fmt: skip
+    pairs += [(own, f"{peer}-no-cudnn") for own, peer in pairs]
     shapes = list(dict.fromkeys(shape for shape, _ in rates))
     rows = []
     for own, peer in pairs:
@@ -71,9 +76,10 @@ def ratios(lines: Sequence[Line]) -> str:
 
 
 def cells(lines: Sequence[Line]) -> str:
-    """What was measured of a LoRA cell, and what follows."""
-    rows = []
-    for x in _latest(lines, what="cell"):
+    """What was measured of a LoRA cell, and what follows; a real one counts for more than a short one."""
+    rows, real = [], [line for line in _latest(lines, what="check") if line["rows"] == ROWS]
+    known = {(line["shape"], line["who"]) for line in real}
+    for x in [*real, *(x for x in _latest(lines, what="cell") if (x["shape"], x["who"]) not in known)]:
         if list(x["cells"]) != ["lora"]:
             continue
         cell = x["cells"]["lora"]
@@ -145,7 +151,7 @@ def _latest(lines: Iterable[Line], *, what: str) -> list[Line]:
     found: dict[tuple[Any, ...], Line] = {}
     for line in lines:
         if line["what"] == what:
-            key = (line["shape"], line["who"], line.get("times"), tuple(line.get("cells", ())))
+            key = (line["shape"], line["who"], line.get("times"), line.get("rows"), tuple(line.get("cells", ())))
             found[key] = line
     return list(found.values())
 

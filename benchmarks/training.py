@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import child, details, show
+from benchmarks.formula import ROWS
 
 METHODS = ("qlora", "adalora", "prefix", "prompt", "ptuning", "ptuning_v2", "full", "adapter", "dora")
 WAYS = ("compiled", "graph", "eager")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-ROWS = 4000
 
 
 def contenders() -> dict[str, Callable[..., Any]]:
@@ -37,6 +37,7 @@ def contenders() -> dict[str, Callable[..., Any]]:
         "peft": functools.partial(comparison_loop, batch_rows=4),
     }
     found = {who: functools.partial(peer, folder=False) for who, peer in found.items()}
+    found |= {f"{who}-no-cudnn": functools.partial(_without_plans, peer) for who, peer in found.items()}
     for way in WAYS:
         found[way] = functools.partial(ours, method="lora", step=way, batch_rows=8)
         found |= {f"{m}-{way}": functools.partial(ours, method=m, step=way, batch_rows=8) for m in METHODS}
@@ -47,6 +48,14 @@ def contenders() -> dict[str, Callable[..., Any]]:
     for name in OPTIMIZERS:  # their states are those of full tuning
         found[f"full-{name}"] = functools.partial(ours, method="full", step="eager", batch_rows=8, optim=name)
     return found
+
+
+def _without_plans(peer: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """A peer without the attention of cuDNN, which plans each new length of a batch."""
+    from finetune.environment import without_plans
+
+    without_plans()
+    return peer(*args, **options)
 
 
 def inside(shape: str, who: str, seconds: float, times: float) -> dict[str, Any]:
