@@ -22,7 +22,7 @@ from finetune.stop import STATUS
 GRACE_SECONDS = 40.0  # a job has 30 s to write its checkpoint, also under torch's launcher, which kills its ranks then
 KILL_SECONDS = 5.0  # until what was killed is gone; a process in a system call of a dead file server is not
 BYTES_A_CELL = 2 * 2**30  # a cell on a miniature peaks at 1.0 to 1.3 GiB
-INTERRUPTED = {"kind": "interrupted", "message": "interrupted; the same command goes on with it"}
+INTERRUPTED = {"kind": runs.INTERRUPTED, "message": "interrupted; the same command goes on with it"}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)  # loaded here: a fork in the middle of an import must not import
 
@@ -159,10 +159,10 @@ def started(words: list[str], share: Mapping[str, str], **files: Any) -> subproc
 
 
 def _environment(share: Mapping[str, str]) -> dict[str, str]:
-    """This package is found from any folder; idle threads do not burn the other cells' processors."""
+    """This package is found from any folder; idle threads burn no processor; no bars are drawn into a log."""
     here = str(Path(__file__).parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    polite = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    polite = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     return {**polite, **os.environ, **share, "PYTHONPATH": path}
 
 

@@ -22,6 +22,7 @@ from finetune import claims
 
 State = Literal["done", "unsupported", "running", "failed", "unfinished"]
 FINAL: tuple[State, ...] = ("done", "unsupported")  # the same command again leaves it as it is
+INTERRUPTED = "interrupted"  # the kind of a failure that is none
 
 MAX_NAME = 99  # bytes; file systems allow 255, and a name must stay readable in a table
 DEFAULT_CHOICES = {"scale": "tiny", "optim": "adamw"}
@@ -82,7 +83,14 @@ def ended(run: Path) -> State:
         return "done"
     if (run / "unsupported.json").exists():
         return "unsupported"
-    return "failed" if (run / "failure.json").exists() else "unfinished"
+    return "failed" if (run / "failure.json").exists() and not _interrupted(run) else "unfinished"
+
+
+def _interrupted(run: Path) -> bool:
+    """Was the last attempt stopped by a person or the machine?"""
+    with contextlib.suppress(ValueError, OSError):  # a damaged record is a failure
+        return read_json(run / "failure.json").get("kind") == INTERRUPTED
+    return False
 
 
 def begin(run: Path, config: Mapping[str, Any]) -> None:
@@ -102,7 +110,7 @@ def clear(run: Path) -> None:
 
 def fail(run: Path, *, kind: str, message: str) -> None:
     """Record why the run ended without a result; nothing if it has one, or a record of this attempt."""
-    if ended(run) != "unfinished":
+    if ended(run) in FINAL or (run / "failure.json").exists():
         return
     log = tail(run / "run.log", 20)
     write_json(run / "failure.json", {"kind": kind, "message": message, "log": log, "time": time.time()})

@@ -150,11 +150,8 @@ class Sweep:
             return _refuse(cell, str(error))
 
     def _failed_elsewhere(self, folder: Path) -> bool:
-        """Has another sweep tried this cell since we began, and failed for a reason that is the cell's own?"""
-        now = _failure(folder)
-        with contextlib.suppress(ValueError, OSError):
-            return now != self.failures[folder] and runs.read_json(folder / "failure.json").get("kind") != "interrupted"
-        return False
+        """Has another sweep tried this cell since we began, and failed?"""
+        return _failure(folder) != self.failures[folder]
 
     def _finish(self, cell: Cell) -> None:
         _, _, slot = self.at_work.pop(cell.folder)

@@ -8,6 +8,8 @@ import psutil
 import pytest
 from grids import ENDLESS, ROOT, descendants, failure, folders, processes_in, wait_for_file
 
+from finetune.runs import state
+
 
 def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -109,6 +111,7 @@ def test_no_orphans_when_the_sweep_ends_early(command, tmp_path, number, status)
     assert processes_in(tmp_path) == {}
     for folder in folders(tmp_path) if number != signal.SIGKILL else ():
         assert failure(folder)["kind"] == "interrupted"
+        assert state(folder) == "unfinished"
         assert not (folder / "owner.json").exists()
 
 

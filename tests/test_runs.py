@@ -47,6 +47,10 @@ def test_the_files_are_the_state(tmp_path):
     claims.release(tmp_path)
     runs.fail(tmp_path, kind="error", message="no")
     assert runs.state(tmp_path) == "failed"
+    runs.begin(tmp_path, CONFIG)
+    runs.fail(tmp_path, kind="interrupted", message="no fault of the run")
+    runs.fail(tmp_path, kind="killed", message="an echo of it")
+    assert runs.state(tmp_path) == "unfinished"
     runs.write_json(tmp_path / "scores.json", {})
     assert runs.state(tmp_path) == "done"
     assert runs.read_config(tmp_path) == CONFIG
