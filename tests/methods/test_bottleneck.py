@@ -3,10 +3,10 @@ import inspect
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_base
+from exactness import assert_learns
 from grid import attach, logits, stored_base
 
 from finetune.data.batches import pad
-from finetune.feeder import summed_loss
 from finetune.methods.blocks import attention, blocks, feed_forward
 from finetune.methods.bottleneck import Adapter
 from finetune.methods.build import build
@@ -79,15 +79,7 @@ def test_learns_on_a_quantized_base(architecture, quantize, tmp_path, examples):
     before = logits(base, ids)
     model = attach(method(), base)
     torch.testing.assert_close(logits(model, ids), before)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = summed_loss(model.train(), pad(examples, pad_id=0)) / 100
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert_learns(model, examples, lr=1e-2)
 
 
 def test_adapters_stay_in_float32_in_a_half_precision_base(examples):

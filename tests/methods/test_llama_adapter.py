@@ -1,17 +1,17 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, PACKED, tiny_base
+from exactness import assert_a_pack_is_its_rows, assert_learns, assert_same
 from grid import attach, logits, stored_base, varied_base
 from peft import AdaptionPromptConfig, PeftModel, get_peft_model
 from torch.nn.functional import softmax
 
-from finetune.data.batches import pack, pad
+from finetune.data.batches import pad
 from finetune.feeder import summed_loss
 from finetune.methods.blocks import attention, blocks
 from finetune.methods.build import build
 from finetune.methods.llama_adapter import LlamaAdapter
 from finetune.methods.method import trainable
-from finetune.models.attention import packing
 
 
 def method(**changes):
@@ -34,12 +34,6 @@ def gradients(model):
     found = {n: p.grad.clone() for n, p in weights(model).items()}
     model.zero_grad()
     return found
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -108,16 +102,7 @@ def test_it_adds_the_papers_equation(architecture):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_a_pack_has_the_loss_and_gradients_of_single_rows(architecture, checkpointing, examples):
     model = randomised(attach(method(), varied_base(architecture))).train()
-    single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
-    single.backward()
-    expected = gradients(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    with packing(model):
-        packed = summed_loss(model, pack(examples))
-        packed.backward()
-    assert packed.item() == pytest.approx(single.item(), rel=1e-5)
-    assert_same(gradients(model), expected)
+    assert_a_pack_is_its_rows(model, examples, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -140,15 +125,7 @@ def test_learns_on_a_quantized_base(architecture, quantize, tmp_path, examples):
     before = logits(base, ids)
     model = attach(method(), base)
     torch.testing.assert_close(logits(model, ids), before)
-    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
-    losses = []
-    for _ in range(8):
-        loss = summed_loss(model.train(), pad(examples, pad_id=0)) / 100
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert_learns(model, examples, lr=3e-2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

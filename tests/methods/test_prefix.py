@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARCHITECTURES, PACKED, tiny_base
+from exactness import assert_a_pack_is_its_rows, assert_learns, assert_same
 from grid import attach, logits, varied_base
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
@@ -63,13 +64,6 @@ def named(model):
     return [(n, p) for n, p in model.named_parameters() if p.grad is not None]
 
 
-def assert_same(found, expected):
-    assert found
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_pefts(kind, architecture, examples):
@@ -105,16 +99,7 @@ def test_peft_loads_it(kind, architecture, tmp_path, examples):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pack_has_the_loss_and_gradients_of_single_rows(kind, architecture, checkpointing, examples):
     model = tuned(architecture, **KINDS[kind]).train()
-    single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
-    single.backward()
-    expected = gradients(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    with packing(model):
-        packed = summed_loss(model, pack(examples))
-        packed.backward()
-    assert packed.item() == pytest.approx(single.item(), rel=1e-5)
-    assert_same(gradients(model), expected)
+    assert_a_pack_is_its_rows(model, examples, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -190,15 +175,7 @@ def test_a_short_text_is_repeated_and_rows_serve_as_one():
 
 def test_a_projection_from_a_text_learns(examples):
     model = of_text("qwen2", encoder_hidden_size=8)
-    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
-    losses = []
-    for _ in range(8):
-        loss = summed_loss(model.train(), pad(examples, pad_id=0)) / 100
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert_learns(model, examples, lr=3e-2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,14 +1,14 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, PACKED, tiny_base
+from exactness import assert_a_pack_is_its_rows
 from grid import attach, logits, make, varied_base
 from peft import PeftModel
 
-from finetune.data.batches import pack, pad
+from finetune.data.batches import pad
 from finetune.evaluate import Decoding, predict
 from finetune.feeder import summed_loss
 from finetune.methods.method import trainable
-from finetune.models.attention import packing
 
 
 def gradients(model):
@@ -61,19 +61,7 @@ def test_peft_loads_it(name, architecture, tmp_path, examples):
 @pytest.mark.parametrize("name", ["prompt", "ptuning"])
 def test_a_pack_has_the_loss_and_gradients_of_single_rows(name, architecture, checkpointing, examples):
     model = attach(make(name, architecture), varied_base(architecture)).train()
-    single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
-    single.backward()
-    expected = gradients(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    with packing(model):
-        packed = summed_loss(model, pack(examples))
-        packed.backward()
-    assert packed.item() == pytest.approx(single.item(), rel=1e-5)
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
+    assert_a_pack_is_its_rows(model, examples, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,33 +1,18 @@
 import pytest
 import torch
 from conftest import PACKED, tiny_base
+from exactness import assert_a_pack_is_its_rows
 
 from finetune.data.batches import pack, pad
 from finetune.feeder import summed_loss
 from finetune.models.attention import packing
 
 
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
 @pytest.mark.parametrize("architecture", PACKED)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_a_pack_has_the_loss_and_gradients_of_single_rows(architecture, checkpointing, examples):
     model = tiny_base(architecture).train()
-    single = sum(summed_loss(model, pad([e], pad_id=0)) for e in examples)
-    single.backward()
-    expected = gradients(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    with packing(model):
-        packed = summed_loss(model, pack(examples))
-        packed.backward()
-    assert packed.item() == pytest.approx(single.item(), rel=1e-5)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_a_pack_is_its_rows(model, examples, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("architecture", [*PACKED, "bloom"])
