@@ -144,5 +144,6 @@ class _Rotary(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k = (_turned(gradient, *ctx.saved_tensors, back=True) for gradient in gradients)
+        saved = ctx.saved_tensors  # read once: recomputed activations are there but once
+        q, k = (_turned(gradient, *saved, back=True) for gradient in gradients)
         return q, k, None, None

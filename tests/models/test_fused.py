@@ -27,12 +27,15 @@ def varied(architecture):
     return model
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("architecture", PACKED)
-def test_losses_and_gradients_are_the_same(architecture):
+def test_losses_and_gradients_are_the_same(architecture, checkpointed):
     model, ids = varied(architecture), torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids).loss.backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
     with fused(model):
         assert len([norm for norm in norms(model) if "forward" in vars(norm)]) == 5
         ours = rotary(model).__module__ == fused.__module__
