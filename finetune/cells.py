@@ -99,13 +99,12 @@ def _combinations(args: Namespace) -> list[list[str]]:
         top = compose(args.config_name or "config", overrides=fixed, return_hydra_config=True).hydra
     except (HydraException, OmegaConfBaseException) as error:
         raise Invalid(_explain(error)) from None
-    if not (args.multirun or top.mode == RunMode.MULTIRUN):
-        several = [o.input_line for o in parsed if o.is_sweep_override()]
-        if several:
-            raise Invalid(f"{' '.join(map(str, several))}: several values make a grid; add -m")
-        return [given]
-    params = parser.parse_overrides([f"{key}={value}" for key, value in (top.sweeper.params or {}).items()])
-    try:
+    params: list[Any] = []
+    if args.multirun or top.mode == RunMode.MULTIRUN:
+        params = parser.parse_overrides([f"{key}={value}" for key, value in (top.sweeper.params or {}).items()])
+    elif several := [o.input_line for o in parsed if o.is_sweep_override()]:
+        raise Invalid(f"{' '.join(map(str, several))}: several values make a grid; add -m")
+    try:  # also of a single cell, whose folder must not depend on -m
         return BasicSweeper.split_arguments([*params, *parsed], None)[0]
     except HydraException as error:
         raise Invalid(_explain(error)) from None
@@ -116,14 +115,26 @@ def _cell(overrides: Sequence[str], root: Path, *, name: str) -> Cell | list[str
     try:
         config = compose(name, overrides=list(overrides), return_hydra_config=True)
         task_overrides = [str(o) for o in config.hydra.overrides.task]
+        chosen = {group: str(config.hydra.runtime.choices[group]) for group in ("model", "method", "task")}
         with open_dict(config):
             del config.hydra
         resolved = _resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         return [_explain(error)]
     given = dict(override.partition("=")[::2] for override in task_overrides)
-    wrong = confidential.found(given) or confidential.found(resolved) or problems(resolved)
+    wrong = (
+        confidential.found(given) or confidential.found(resolved) or problems(resolved) or _misnamed(resolved, chosen)
+    )
     return wrong or Cell(config=resolved, folder=runs.folder(root, resolved, task_overrides))
+
+
+def _misnamed(config: Mapping[str, Any], chosen: Mapping[str, str]) -> list[str]:
+    """Files whose `name`, which the run's folder bears, is another's."""
+    return [
+        f"{group}/{stem}.yaml has name: {config[group]['name']}; it must be {stem}, as the file"
+        for group, stem in chosen.items()
+        if config[group]["name"] != stem
+    ]
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:

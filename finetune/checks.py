@@ -162,7 +162,7 @@ def _find(name: str, check: Callable[[], Finding]) -> Finding:
     except Exception as error:  # hours of training are not lost because a check broke
         found = Finding(False, f"the check itself failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if found.ok is False:
-        log.warning("check %s: %s", name, found.note)
+        log.warning("check %s FAILED: %s", name, found.note)
     return found
 
 

@@ -67,27 +67,40 @@ class Progress:
             note = f"{loss}  {step['tokens_per_second']:.0f} tokens/s"
         self.bars.update(self.cells[name], total=total, completed=step.get("step", 0), note=note)
 
-    def advance(self, name: str, outcome: str) -> None:
-        """A cell has ended."""
+    def advance(self, name: str, outcome: str, *, before: bool = False) -> None:
+        """A cell has ended, or had `before` anybody looked."""
         self.count += 1
         self.bars.update(self.sweep, advance=1)
         if name in self.cells:
             self.bars.remove_task(self.cells.pop(name))
         style = STYLES[outcome]
-        self.console.print(
-            f"{self.count}/{self.total} {escape(name)} [{style}]{outcome}[/]", highlight=False, soft_wrap=True
-        )
+        told = f"[{style}]{outcome}[/]{' before' if before else ''}"
+        self.console.print(f"{self.count}/{self.total} {escape(name)} {told}", highlight=False, soft_wrap=True)
 
 
 def summary(outcomes: Sequence[tuple[str, Path, str]]) -> None:
-    """A line for every kind of end, and one for every cell that has no scores: why, and its log."""
+    """A line for every kind of end, and one for every cell that has no scores, or failed checks: why, and where."""
     console = Console(stderr=True)
     counts = {kind: sum(outcome == kind for _, _, outcome in outcomes) for kind in STYLES}
     console.print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number), highlight=False)
     for name, run, outcome in outcomes:
-        if outcome != "done":
-            record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
-            why = str(record.get("message") or record.get("reason") or "no record of it could be written, see above")
-            log = f" (see {run / 'run.log'})" if outcome == "failed" else ""
-            style = STYLES[outcome]
-            console.print(f"  [{style}]{outcome}[/] {escape(f'{name}: {why}{log}')}", highlight=False, soft_wrap=True)
+        word, why = ("failed checks", _failed_checks(run)) if outcome == "done" else (outcome, _reason(run))
+        if why:
+            style = STYLES.get(word, "yellow")
+            console.print(f"  [{style}]{word}[/] {escape(f'{name}: {why}')}", highlight=False, soft_wrap=True)
+
+
+def _reason(run: Path) -> str:
+    """Why there are no scores."""
+    record = {**runs.read_json(run / "unsupported.json"), **runs.read_json(run / "failure.json")}
+    why = str(record.get("message") or record.get("reason") or "no record of it could be written, see above")
+    return f"{why} (see {run / 'run.log'})" if "message" in record and (run / "run.log").exists() else why
+
+
+def _failed_checks(run: Path) -> str:
+    """Their names, and where what they found stands."""
+    checks: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, OSError):  # scores of an older version, or changed by hand
+        checks = dict(runs.read_json(run / "scores.json").get("checks") or {})
+    names = [name for name, found in checks.items() if isinstance(found, dict) and found.get("ok") is False]
+    return f"{', '.join(names)} (see {run / 'scores.json'})" if names else ""

@@ -127,7 +127,7 @@ class Sweep:
                 self.told.add(cell.folder)
                 self.progress.say(f"{cell.name} is at work in another sweep, waiting for it")
         else:
-            self._end(cell, begun)
+            self._end(cell, begun, before=begun == "done")
 
     def _begin(self, cell: Cell, slot: Slot) -> Job | str:
         """Start a cell's job; or what became of the cell without one: done, unsupported, failed, or running."""
@@ -170,9 +170,9 @@ class Sweep:
         self.elsewhere.append(cell)
         self.progress.say(f"{cell.name} was taken over by another sweep, which thought this one dead")
 
-    def _end(self, cell: Cell, outcome: str) -> None:
+    def _end(self, cell: Cell, outcome: str, *, before: bool = False) -> None:
         self.outcomes[cell.folder] = outcome
-        self.progress.advance(cell.name, outcome)
+        self.progress.advance(cell.name, outcome, before=before)
 
 
 def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:

@@ -1,4 +1,5 @@
 import itertools
+import textwrap
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -26,6 +27,30 @@ def test_every_configuration_composes(tmp_path, monkeypatch):
         [cell] = compose(*words, root=tmp_path)
         for group in CHOICES:
             assert cell.config[group]["name"] == CHOICES[group][n % len(CHOICES[group])]
+
+
+def test_a_single_cell_has_the_folder_that_it_has_in_a_grid(tmp_path):
+    words = ("deterministic=true", "method.adapter.r=4", "optim.lr=1e-3", "model.linear=[q_proj, v_proj]")
+    [alone], [of_grid] = compose(*words, root=tmp_path), compose("-m", *words, root=tmp_path)
+    assert alone == of_grid
+
+
+def test_a_file_that_bears_another_name_is_refused(tmp_path):
+    (tmp_path / "method").mkdir()
+    lora = (CONF / "method" / "lora.yaml").read_text()
+    (tmp_path / "method" / "mine.yaml").write_text(lora.replace("r: 16", "r: 2"))
+    with pytest.raises(Invalid, match=r"method/mine\.yaml has name: lora; it must be mine"):
+        compose(f"--config-dir={tmp_path}", "method=mine", root=tmp_path)
+
+
+def test_the_documented_task_composes(tmp_path):
+    text = (CONF.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    block = [line for line in text.splitlines() if line.startswith("    ")]
+    end = next(n for n, line in enumerate(block) if line.startswith("    max_target_tokens")) + 1
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "my_task.yaml").write_text(textwrap.dedent("\n".join(block[:end])))
+    [cell] = compose(f"--config-dir={tmp_path}", "task=my_task", f"data_dir={tmp_path}", root=tmp_path)
+    assert cell.config["task"]["fields"]["target"] == "{answer}"
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))

@@ -34,6 +34,7 @@ def test_a_grid_is_not_run_twice(command, tmp_path):
     again = command(*words, PYTHONPATH=f"{tmp_path / 'broken'}:{ROOT}")
     assert again.returncode == 0, again.stderr
     assert "4 done" in again.stderr
+    assert again.stderr.count("seed1 done before") == 4 > first.stderr.count("done before")
     assert times(tmp_path / "multirun") == before
 
 
