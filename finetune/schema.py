@@ -18,6 +18,7 @@ Word = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=80)]  # also a fo
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Scale = Literal["tiny", "small", "full"]
+Trait = Literal["linear", "bias", "rope", "packing"]  # of a base
 
 
 def _named(allowed: re.Pattern[str], words: str) -> AfterValidator:
@@ -105,7 +106,7 @@ class Model(Section):
     linear: list[str]
     embedding: str
     eos_tokens: list[str]
-    has: list[str]
+    has: list[Trait]
     precision: Literal["float32", "bfloat16", "float16"]
     checkpoint_activations: bool
     rope_scaling: Literal["linear"] | None
@@ -117,7 +118,7 @@ class Method(Section):
     name: Word
     lr: dict[Scale, Annotated[float, Field(ge=0, le=10)]]
     quantize: Literal["nf4", "int8"] | None
-    needs: list[str]
+    needs: list[Trait | Literal["full_precision", "choices"]]
     adapter: AdapterArguments
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,10 +30,19 @@ def _class(target: str) -> type[Method] | type[PeftConfig]:
     module, _, name = str(target).rpartition(".")
     ours = module.startswith("finetune.methods.") and module.count(".") == 2
     if module == "peft" or ours:
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError:
-            found = None
+        found = getattr(_module(module), name, None)
         if inspect.isclass(found) and issubclass(found, (Method, PeftConfig)):
             return found
     raise ValueError(f"method.adapter._target_={target} is neither a config of PEFT nor a method of this package")
+
+
+def _module(name: str) -> Any:
+    """The module, None if there is none; raises ValueError for one that cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
+        raise ValueError(f"{place[0]}:{place[1]}: {type(error).__name__}: {error}") from error
