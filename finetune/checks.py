@@ -59,7 +59,14 @@ def examine(
 def weights(probe: Probe, subject: Subject, base: State, start: State, end: State) -> Finding:
     """Only the method's weights receive gradients and changed; the base's did not."""
     trained = {key for key, weight in end.weights.items() if weight.parameter.requires_grad}
-    moved = {key for key, weight in end.weights.items() if _moved(weight.checksum, start.weights.get(key))}
+    names = {
+        weight.name: weight for weight in start.weights.values()
+    }  # PEFT makes some of 4-bit weights anew, as they are
+    moved = {
+        key
+        for key, weight in end.weights.items()
+        if _moved(weight.checksum, start.weights.get(key) or names.get(weight.name))
+    }
     own = base.weights
     changed = {key for key, weight in own.items() if checksum(weight.parameter) != weight.checksum}
     grown = reached(probe, subject.model) if trained else set()
@@ -67,8 +74,8 @@ def weights(probe: Probe, subject: Subject, base: State, start: State, end: Stat
     if subject.method.leaves_base_intact:
         wrong |= changed | ((trained | grown) & own.keys())
     if wrong:
-        names = {**own, **end.weights}
-        some = ", ".join(sorted(names[key].name for key in wrong)[:3])
+        known = {**own, **end.weights}
+        some = ", ".join(sorted(known[key].name for key in wrong)[:3])
         return Finding(False, f"{len(wrong)} tensors that are not the method's are trained or changed: {some}")
     kept = f"{len(own.keys() - changed)} of the base's {len(own)} tensors are as they were"
     if not subject.method.leaves_base_intact:

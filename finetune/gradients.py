@@ -109,12 +109,19 @@ class Gradients:
             embeddings = self.base.get_input_embeddings()
             with packing(self.base), compiled(layers, embeddings) if how == "compiled" else contextlib.nullcontext():
                 graphs.capture()
-        except RuntimeError as error:  # nothing of CUDA can be relied on after a capture that was cut off
-            raise RuntimeError(
-                f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
-            ) from error
-        log.info("%d CUDA graphs (%s) in %.1f s", len(shapes.rooms), how, time.perf_counter() - began)
-        return replace(self, graphs=graphs)
+        except RuntimeError as error:
+            if asked != "auto" or graphs.recording or not out_of_memory(error):
+                raise RuntimeError(
+                    f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
+                ) from error
+            log.warning("no memory to record steps, so they are eager, which may have smaller batches: %s", error)
+        else:
+            log.info("%d CUDA graphs (%s) in %.1f s", len(shapes.rooms), how, time.perf_counter() - began)
+            return replace(self, graphs=graphs)
+        graphs.abandon()
+        del graphs
+        free()
+        return self
 
     def _added(self, rows: Sequence[int]) -> tuple[Tensor, int]:
         count = sum(len(supervised(self.examples[row], loss_on=self.feeder.loss_on)) for row in rows)

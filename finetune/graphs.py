@@ -149,6 +149,8 @@ class Graphs:
         self.scale = torch.ones((), device=device)
         self.stream = torch.cuda.Stream(device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+        self.drawn = torch.cuda.get_rng_state(device)
+        self.recording = False  # has it begun? After a recording that was cut off nothing of CUDA can be relied on
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
 
@@ -159,16 +161,23 @@ class Graphs:
         given back to the device then: between the recordings it would be needed beside the graphs' own.
         """
         device, pool = self.stream.device, torch.cuda.graph_pool_handle()
-        state = torch.cuda.get_rng_state(device)
         batches = {n: self.shapes.empty(n).to(device) for n in sorted(self.shapes.rooms, reverse=True)}
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for batch in (*batches.values(), batches[max(batches)]):
                 self._run(batch)
         torch.cuda.current_stream().wait_stream(self.stream)
+        self.recording = True
         self.graphs = {bucket: self._captured(batch, pool) for bucket, batch in batches.items()}
         self.zero()
-        torch.cuda.set_rng_state(state, device)
+        torch.cuda.set_rng_state(self.drawn, device)
+
+    def abandon(self) -> None:
+        """Leave everything as if there had been no graphs."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.set_rng_state(self.drawn, self.stream.device)
+        for weight in self.weights:
+            weight.grad = None
 
     def _captured(self, batch: Batch, pool: Any) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
         graph = torch.cuda.CUDAGraph()

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from conftest import tiny_base
 from test_loop import LORA, OPTIM
 
-from finetune import checkpoint, outcome, runs
+from finetune import checkpoint, gradients, outcome, runs
 from finetune.data.batches import plan
 from finetune.feeder import Feeder, mean_loss
 from finetune.loop import Loop
@@ -221,6 +221,38 @@ def test_a_retried_step_draws_the_same_noise_and_small_batches_outlive_a_kill(ex
     limit = whole[0][-1]["micro_batch_tokens"]
     small, _ = train(tmp_path / "small", examples, adapter=DROPOUT, limit=limit)
     assert [line["loss"] for line in whole[0]] == [line["loss"] for line in small]
+
+
+class NoRoom:
+    """Graphs whose first passes find no memory."""
+
+    recording = False
+
+    def __init__(self, shapes, *, way, loss, weights, device):
+        self.weights = weights
+
+    def capture(self):
+        for weight in self.weights:
+            weight.grad = torch.ones_like(weight)
+        raise torch.OutOfMemoryError("out of memory")
+
+    def abandon(self):
+        for weight in self.weights:
+            weight.grad = None
+
+
+def test_where_there_is_no_memory_for_graphs_steps_are_eager(examples, tmp_path, monkeypatch, caplog):
+    whole, _ = train(tmp_path / "whole", examples, adapter=LORA)
+    monkeypatch.setattr(gradients.Gradients, "_replayable", lambda _: True)
+    monkeypatch.setattr(gradients, "way", lambda asked, **sizes: "graph")
+    monkeypatch.setattr(gradients, "Graphs", NoRoom)
+    found, _ = train(tmp_path / "found", examples, adapter=LORA)
+    assert [line["loss"] for line in found] == [line["loss"] for line in whole]
+    assert {line["way"] for line in found} == {"eager"}
+    assert "no memory to record steps" in caplog.text
+    monkeypatch.setattr(NoRoom, "recording", True)  # too late
+    with pytest.raises(RuntimeError, match=r"launch\.step=eager needs none"):
+        train(tmp_path / "late", examples, adapter=LORA)
 
 
 def test_a_row_that_does_not_fit_alone_is_named_by_its_size(examples, tmp_path):

@@ -35,7 +35,7 @@ class Peft(Method):
         self.padding_free = config.peft_type in EMBEDDED or not config.is_prompt_learning
         start = str(getattr(config, "init_lora_weights", None))
         moves = start.startswith(MOVING) or getattr(config, "kasa_config", None)
-        self.leaves_base_intact = not (moves or config.peft_type in COPYING)
+        self.leaves_base_intact = not (moves or config.peft_type in COPYING or _trains_more(config))
         kasa = getattr(config, "kasa_config", None)  # cuts the smallest singular values off
         self.starts_as_base = not (config.is_prompt_learning or kasa or config.peft_type in RANDOM)
         self.replayable = _replayable(config)
@@ -69,7 +69,8 @@ class Peft(Method):
 
     def lean(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """LoRA's layers in fewer operations."""
-        return lean(model) if self.config.peft_type is PeftType.LORA else contextlib.nullcontext()
+        shared = getattr(self.config, "layer_replication", None)  # layers around one weight
+        return lean(model) if self.config.peft_type is PeftType.LORA and not shared else contextlib.nullcontext()
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """The terms of KaSA (eq. 9-12) and MonteCLoRA; PEFT computes them and leaves adding them to the loop."""
@@ -96,6 +97,7 @@ class Peft(Method):
 
     def _unwrapped(self, wrapper: Any) -> Any:
         """PEFT's model; with virtual tokens the base, because PEFT ignores a pack's boundaries and a row's padding."""
+        _share_config(wrapper.get_base_model())
         if self.config.peft_type not in EMBEDDED:
             return wrapper
         self.wrapper, base = wrapper, wrapper.get_base_model()
@@ -103,6 +105,21 @@ class Peft(Method):
         num_tokens = self.config.num_virtual_tokens  # type: ignore[attr-defined]
         virtual_tokens.insert(base, embeddings=lambda: _embeddings(wrapper), num_tokens=num_tokens)
         return base
+
+
+def _trains_more(config: PeftConfig) -> bool:
+    """Does it also train some of the base's modules or biases, which PEFT leaves in the base's precision?"""
+    return bool(getattr(config, "modules_to_save", None)) or getattr(config, "bias", "none") not in ("none", False)
+
+
+def _share_config(base: Any) -> None:
+    """Give copies of the base's blocks, which PEFT made with copies of its configuration, the configuration itself.
+
+    How rows attend is told there, while they are packed.
+    """
+    for module in base.modules():
+        if type(getattr(module, "config", None)) is type(base.config):
+            module.config = base.config
 
 
 def _replayable(config: PeftConfig) -> Collection[str]:

@@ -117,6 +117,26 @@ def test_replayed_steps_are_the_eager_ones(method, how, examples):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_that_were_abandoned_leave_nothing(examples):
+    device = torch.device("cuda")
+    model = attach(make("lora", "qwen2"), tiny_base("qwen2").cuda()).cuda()
+    weights, drawn = list(trainable(model)), torch.cuda.get_rng_state()
+    shapes = Shapes.of([size(examples)], longest=40)
+
+    def loss(batch):
+        torch.rand(3, device=device)
+        raise torch.OutOfMemoryError
+
+    graphs = Graphs(shapes, way="graph", loss=loss, weights=weights, device=device)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.capture()
+    assert not graphs.recording
+    graphs.abandon()
+    assert all(weight.grad is None for weight in weights)
+    assert torch.equal(torch.cuda.get_rng_state(), drawn)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])
 def test_a_replayed_loss_in_parts_is_the_eager_one_at_once(method, examples):
     device, batch = torch.device("cuda"), pack(examples)

@@ -3,10 +3,11 @@ import torch
 from conftest import tiny_base
 from peft import get_peft_model
 
-from finetune.data.batches import pad
+from finetune.data.batches import pack, pad
 from finetune.feeder import summed_loss
 from finetune.methods.build import build
 from finetune.methods.method import trainable
+from finetune.models.attention import packing
 
 LORA = {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 ADALORA = {
@@ -152,3 +153,29 @@ def test_a_config_keeps_peft_types():
     method, model = attached(LORA)
     assert isinstance(model, type(get_peft_model(tiny_base("qwen2"), method.config)))
     assert all(p.dtype == torch.float32 for p in trainable(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [({"modules_to_save": ["self_attn"]}, "qwen2"), ({"layer_replication": [[0, 2], [1, 2]]}, "llama")],
+    ids=["a copied attention", "copied blocks"],
+)
+def test_a_pack_is_its_rows_also_in_what_peft_copied(changes, architecture, examples):
+    method = build({"name": "m", "adapter": {**LORA, "target_modules": ["down_proj"], **changes}})
+    model = method.attach(tiny_base(architecture), tokenizer=None, num_steps=1, train_rows=()).train()
+    for weight in trainable(model):
+        torch.nn.init.normal_(weight, std=0.2)
+    with method.lean(model):
+        found = summed_loss(model, pad(examples, pad_id=0))
+        with packing(model.get_base_model()):
+            packed = summed_loss(model, pack(examples))
+    assert packed.item() == pytest.approx(found.item(), rel=1e-5)
+    assert summed_loss(model, pad(examples, pad_id=0)).item() == pytest.approx(
+        found.item(), rel=1e-5
+    )  # PEFT's own layers
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["norm"]}, {"bias": "all"}, {"bias": "lora_only"}])
+def test_what_is_trained_of_the_base_wants_it_in_float32(changes):
+    assert not build({"name": "m", "adapter": {**LORA, **changes}}).leaves_base_intact
+    assert build({"name": "m", "adapter": LORA}).leaves_base_intact
