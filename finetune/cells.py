@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -91,13 +91,15 @@ def _combinations(args: Namespace) -> list[list[str]]:
     """The overrides of every cell: the command line's over those of the experiment's sweep."""
     given = [*args.overrides]
     if args.config_dir:
+        if not Path(args.config_dir).is_dir():
+            raise Invalid(f"--config-dir={args.config_dir}: there is no such folder")
         given.append(f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]")
     try:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides(given)
         fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
         top = compose(args.config_name or "config", overrides=fixed, return_hydra_config=True).hydra
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own of an empty key
         raise Invalid(_explain(error)) from None
     params: list[Any] = []
     if args.multirun or top.mode == RunMode.MULTIRUN:
@@ -159,25 +161,40 @@ def refusals(cell: Cell) -> list[str]:
 
 
 def _explain(error: Exception) -> str:
-    """Hydra's message with the near miss spelled out."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    """What Hydra found wrong, in a line, with the near miss spelled out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        known = ", ".join(error.options)
+        return f"{group}={choice}: there is no such file{_near(choice, error.options)} (there are {known})"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: is no key=value; a value with commas has no spaces, or quotation marks around it"
+    if lines and lines[0].startswith("Could not override '"):
+        key = lines[0].split("'")[1]
+        return f"{key}: no such key{_elsewhere(key) or _near(key.rpartition('.')[2], _keys(key))}"
     if error.__cause__ is not None:
         lines += [line for line in str(error.__cause__).splitlines()[:1] if line not in lines]
-    text = "; ".join(line.strip() for line in lines)
-    word, known = _misspelt(text)
-    near = difflib.get_close_matches(word, known, n=1) if word else []
-    return f"{text}; did you mean {near[0]}?" if near else text
+    return "; ".join(lines)
 
 
-def _misspelt(text: str) -> tuple[str, list[str]]:
-    """The word that Hydra did not know, and the words that it could have been."""
-    if "Could not find '" in text:  # a choice: 'method/loar'
-        group, _, choice = text.partition("Could not find '")[2].partition("'")[0].rpartition("/")
-        return choice, [path.stem for path in (CONF / group).glob("*.yaml")]
-    if "Could not override '" in text or "Key '" in text:
-        key = text.partition("'")[2].partition("'")[0]
-        return key.rpartition(".")[2], _keys(key)
-    return "", []
+def _near(word: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _elsewhere(key: str) -> str:
+    """Keys of this name at other places of the default configuration."""
+    name = key.rpartition(".")[2]
+    found = [path for path in _paths(_resolve(compose("config"))) if path.rpartition(".")[2] == name]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _paths(section: Mapping[str, Any]) -> Iterator[str]:
+    """Dotted keys."""
+    for key, value in section.items():
+        yield key
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{path}" for path in _paths(value))
 
 
 def _keys(key: str) -> list[str]:

@@ -106,7 +106,12 @@ def test_a_learning_rate_belongs_to_the_method(tmp_path):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("method=loar", r"did you mean lora\?"),
+        ("method=loar", r"^method=loar: there is no such file; did you mean lora\? \(there are adalora, "),
+        ("lr=1e-3", r"^lr: no such key; did you mean method\.lr or optim\.lr\?$"),
+        ("method.r=4", r"^method\.r: no such key; did you mean method\.adapter\.r\?$"),
+        ("--config-dir=nowhere", "^--config-dir=nowhere: there is no such folder$"),
+        ("method.adapter.r=4,", "^method.adapter.r=4,: is no key=value"),
+        ("=3", "must be a string"),
         ("optim.epochz=3", r"did you mean epochs\?"),
         ("+optim.epoch=3", r"optim.epoch: no such key; did you mean epochs\?"),
         ("+typo=1", "typo: no such key"),
