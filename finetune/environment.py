@@ -73,9 +73,11 @@ def _commit() -> dict[str, Any]:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        git("ls-files", "--error-unmatch", __file__)  # an installed wheel may lie in somebody's repository
+        changed = git("status", "--porcelain", "--", ".", ":/conf")  # new files, too
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}  # an installed wheel
+        return {"commit": None, "dirty": None}
 
 
 def _version(package: str) -> str | None:
