@@ -58,10 +58,12 @@ def study_tables(cells: Sequence[Cell], *, convention: str) -> list[Table]:
         tables.append(make_table(task, "", chosen, part="mean", columns=rouge(convention) + COST))
         for topic, more in topics(chosen).items():
             table = make_table(task, topic, chosen, part="mean", columns=known(more, chosen, part="mean"))
-            tables.append(replace(table, is_detail=more in (OTHER, LOSS)))
+            worrying = any(entry.alarm for row in table.rows for entry in row)
+            tables.append(replace(table, is_detail=not worrying))
         for part in sorted({part for cell in chosen for run in done(cell) for part in run.scores} - {"mean"}):
             kept = known(OTHER + HEALTH, chosen, part=part)
-            tables.append(make_table(task, part, chosen, part=part, columns=rouge(convention) + kept))
+            table = make_table(task, part, chosen, part=part, columns=rouge(convention) + kept)
+            tables.append(replace(table, is_detail=True))
     return [table for table in tables if len(table.header) > table.num_names]
 
 
