@@ -50,6 +50,8 @@ class Cell:
 def cells(args: Namespace, *, root: Path) -> list[Cell]:
     """The cells that the command line asks for, checked; raises `Invalid`."""
     only_our_resolvers()
+    if root.exists() and not root.is_dir():
+        raise Invalid(f"{root.absolute()} is no folder; runs are written into a folder of this name")
     if args.config_path or args.experimental_rerun or args.package:
         raise Invalid("--config-path, --experimental-rerun and --package mean nothing here; use --config-dir=FOLDER")
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -9,16 +9,21 @@ from pathlib import Path
 from finetune import runs
 from finetune.memory import out_of_memory
 
+# Errors whose messages say little without their names.
+UNCLEAR = (TypeError, LookupError, AttributeError, AssertionError, NameError)
+
 
 def tell(run: Path, error: BaseException) -> None:
     """Write it down; a ValueError is the person's mistake, and needs no traceback."""
     if not isinstance(error, ValueError):
         traceback.print_exception(error)
     kind = _kind(error)
-    message = " ".join(f"{error}".split()) or type(error).__name__
+    name, text = type(error).__name__, " ".join(f"{error}".split())
     if kind == "no space":
-        message = f"no space left for {run}: {message}"
-    print(f"{type(error).__name__}: {message}", flush=True)
+        text = f"no space left for {run}: {text}"
+    full = f"{name}: {text}" if text else name
+    print(full, flush=True)
+    message = full if isinstance(error, UNCLEAR) or not text else text
     runs.fail(run, kind=kind, message=message[:2000])
 
 

@@ -146,6 +146,12 @@ def test_a_budget_of_tokens_takes_the_place_of_rows(tmp_path):
         assert cell.config["optim"]["batch_tokens"] == tokens
 
 
+def test_runs_need_a_folder(tmp_path):
+    (tmp_path / "multirun").touch()
+    with pytest.raises(Invalid, match="multirun is no folder"):
+        compose(root=tmp_path / "multirun")
+
+
 def test_all_problems_are_listed_together(tmp_path):
     with pytest.raises(Invalid) as error:
         compose("-m", "method=lora,loar", "optim.epochs=1,-1", "+typo=1", root=tmp_path)

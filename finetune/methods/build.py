@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import traceback
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +20,21 @@ def build(config: Mapping[str, Any]) -> Method:
     """The method that `config` (the `method` section) describes; raises ValueError for arguments that do not fit."""
     arguments = {key: value for key, value in config["adapter"].items() if key != "_target_"}
     found = _class(config["adapter"]["_target_"])
+    if dataclasses.is_dataclass(found):
+        _refuse_words(config["name"], found, arguments)
     try:
         adapter = found(**arguments)
     except Exception as error:  # whatever a library's own checks raise
         raise ValueError(f"method.adapter of {config['name']}: {type(error).__name__}: {error}") from error
     return adapter if isinstance(adapter, Method) else Peft(adapter)
+
+
+def _refuse_words(name: str, kind: type, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for a word where a number is wanted, which PEFT would take until it computes with it."""
+    wanted = typing.get_type_hints(kind)
+    for key, value in arguments.items():
+        if isinstance(value, str) and wanted.get(key) in (int, float, bool):
+            raise ValueError(f"method.adapter.{key}={value}: {name} wants {wanted[key].__name__}")
 
 
 def _class(target: str) -> type[Method] | type[PeftConfig]:

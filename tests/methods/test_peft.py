@@ -34,6 +34,11 @@ def test_an_argument_that_peft_does_not_know_is_named():
         build({"name": "lora", "adapter": {**LORA, "rank": 4}})
 
 
+def test_a_word_where_a_number_is_wanted_is_refused():
+    with pytest.raises(ValueError, match=r"^method\.adapter\.r=four: lora wants int$"):
+        build({"name": "lora", "adapter": {**LORA, "r": "four"}})
+
+
 def test_adalora_refuses_shares_that_leave_no_step():
     with pytest.raises(ValueError, match="sum to less than 1"):
         build({"name": "adalora", "adapter": {**ADALORA, "tinit": 0.8}})

@@ -35,3 +35,11 @@ def test_names_are_no_markup_and_no_escape_sequence():
     assert "[bold]x[/]" in shown
     assert "[red] [2Jqwen" in shown
     assert "\x1b" not in shown
+
+
+def test_what_all_rows_have_stands_in_the_title():
+    names = ["lora+adapter.r=4+optim.max_steps=10", "none+optim.max_steps=10", "a+optim.max_steps=10+x=_~0123abcd"]
+    table = Table("clinic", "", ("method", "score"), tuple((Entry(name), Entry("1")) for name in names), num_names=1)
+    shown = printed(table, width=80)
+    assert shown.startswith("clinic (all with optim.max_steps=10)\n")
+    assert [line.split()[0] for line in shown.splitlines()[2:5]] == ["lora+adapter.r=4", "none", "a+x=_~0123abcd"]
