@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -11,30 +10,19 @@ from finetune.config import learning_rate
 from finetune.job import Job
 from finetune.models.load import Base
 
-log = logging.getLogger("finetune")
 
-
-def attached(job: Job, *, num_steps: int) -> tuple[Any, dict[str, Any]]:
-    """The model to train, and its parameter counts."""
+def attached(job: Job, *, num_steps: int, recomputed: bool) -> tuple[Any, dict[str, Any]]:
+    """The model to train, whose activations may be recomputed in the backward pass, and its parameter counts."""
     set_seed(job.config["seed"])
     before = {id(parameter) for parameter in job.base.model.parameters()}
     model = job.method.attach(
         job.base.model, tokenizer=job.base.tokenizer, num_steps=num_steps, train_rows=job.split.train
     )
-    _checkpoint_activations(job)
+    if recomputed:
+        job.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = model.to(job.accelerator.device)
     learnt = job.method.fit(model, job.split.train, encode=job.encode, lr=learning_rate(job.config))
     return model, _count(model, job.base, before=before, learnt=learnt)
-
-
-def _checkpoint_activations(job: Job) -> None:
-    """Recompute activations in the backward pass, where that is asked for and the method allows it."""
-    if not job.config["model"]["checkpoint_activations"]:
-        return
-    if job.method.checkpointable:
-        job.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        log.warning("%s cannot checkpoint activations: trained without", job.config["method"]["name"])
 
 
 def _count(model: Any, base: Base, *, before: set[int], learnt: int) -> dict[str, Any]:

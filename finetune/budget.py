@@ -7,7 +7,7 @@ statistics allow. The first step confirms it: where memory runs out after all th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,26 @@ def planned(job: Job) -> tuple[list[list[int]], int | None]:
     return steps, budget
 
 
+def recomputes(job: Job, steps: Sequence[Sequence[int]]) -> bool:
+    """Are activations recomputed in the backward pass? `auto`: where those of the largest pass would not fit."""
+    asked = job.config["model"]["checkpoint_activations"]
+    if not (asked and steps):
+        return False
+    if not job.method.checkpointable:
+        if asked is True:
+            log.warning("%s cannot checkpoint activations: trained without", job.config["method"]["name"])
+        return False
+    return True if asked is True else bool(_of_all(job, lambda: _too_large(job, steps)))
+
+
+def largest_pass(lengths: Sequence[int], steps: Sequence[Sequence[int]], *, parts: int, most: int | None) -> int:
+    """Tokens of the largest of the `parts` of each step, in packs of at most `most` tokens; None: padded."""
+    found = [[lengths[row] for row in rows[part::parts]] for rows in steps for part in range(parts)]
+    if most is None:
+        return max(len(part) * max(part, default=0) for part in found)
+    return max(min(max(map(sum, found)), most), max(lengths))
+
+
 def refuse_long_rows(lengths: Sequence[int], *, batch_tokens: int, ids: Sequence[str]) -> None:
     """Raise ValueError if a row alone exceeds the budget: rows are never split."""
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -122,10 +142,32 @@ def fitting_tokens(shape: Shape, *, num_parameters: int, free: int, trains_base:
 
 def _found(job: Job, lengths: Sequence[int], given: Mapping[str, Any]) -> int:
     """The budget of `auto`, the same in all processes, and the same when the run is gone on with."""
-    found = [_decided(job, lengths, given) if job.main else 0]
+    return int(_of_all(job, lambda: _decided(job, lengths, given)))
+
+
+def _of_all(job: Job, decide: Callable[[], int]) -> int:
+    """What the first process decides."""
+    found = [decide() if job.main else 0]
     if job.accelerator.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
+
+
+def _too_large(job: Job, steps: Sequence[Sequence[int]]) -> bool:
+    """Does the largest pass not fit without recomputing? As environment.json says, or else will say from now on."""
+    record = runs.read_environment(job.run)
+    if isinstance(known := record.get("checkpoint_activations"), bool):
+        return known
+    parts = job.accelerator.num_processes * int(job.config["optim"]["accumulation"])
+    most = job.feeder.most_tokens if job.feeder.packed else None
+    tokens = largest_pass([len(example.ids) for example in job.train_rows], steps, parts=parts, most=most)
+    fitting = _fitting_pass(job, checkpointed=False)
+    if tokens > fitting:
+        log.info(
+            "activations are recomputed: a pass has up to %d tokens, and without %d fit into memory", tokens, fitting
+        )
+    runs.write_json(job.run / "environment.json", {**record, "checkpoint_activations": tokens > fitting})
+    return tokens > fitting
 
 
 def _decided(job: Job, lengths: Sequence[int], given: Mapping[str, Any]) -> int:
@@ -146,19 +188,24 @@ def _decided(job: Job, lengths: Sequence[int], given: Mapping[str, Any]) -> int:
 
 def _fitting(job: Job) -> int | None:
     """Tokens of a step that fit into memory, one pass a process and micro-batch; None if whole packs do."""
-    device, config = job.accelerator.device, job.config
-    tokens = fitting_tokens(
-        Shape.of(job.base.model.config),
-        num_parameters=job.base.num_parameters,
-        free=_free_bytes(device),
-        trains_base=not job.method.leaves_base_intact,
-        number_bytes=4 if job.accelerator.mixed_precision == "no" else 2,
-        checkpointed=config["model"]["checkpoint_activations"] and job.method.checkpointable,
-    )
-    if job.feeder.packed and tokens >= PACK_TOKENS[device.type]:
+    asked = job.config["model"]["checkpoint_activations"]
+    tokens = _fitting_pass(job, checkpointed=asked is True and job.method.checkpointable)
+    if job.feeder.packed and tokens >= PACK_TOKENS[job.accelerator.device.type]:
         return None  # a larger step is several packs, one after the other
     real = tokens if job.feeder.packed else int((1 - WASTE) * tokens)
-    return real * job.accelerator.num_processes * int(config["optim"]["accumulation"])
+    return real * job.accelerator.num_processes * int(job.config["optim"]["accumulation"])
+
+
+def _fitting_pass(job: Job, *, checkpointed: bool) -> int:
+    """Tokens of a pass that fit into the memory that is free now."""
+    return fitting_tokens(
+        Shape.of(job.base.model.config),
+        num_parameters=job.base.num_parameters,
+        free=_free_bytes(job.accelerator.device),
+        trains_base=not job.method.leaves_base_intact,
+        number_bytes=4 if job.accelerator.mixed_precision == "no" else 2,
+        checkpointed=checkpointed,
+    )
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -74,6 +74,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, moved: bool =
 
 def _science(config: Mapping[str, Any], *, moved: bool = True) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
+    if isinstance(kept.get("model"), Mapping):  # recomputed activations are the same
+        kept["model"] = {key: value for key, value in kept["model"].items() if key != "checkpoint_activations"}
     task = kept.get("task")
     if not moved or not isinstance(task, Mapping) or not isinstance(task.get("source"), Mapping):
         return kept

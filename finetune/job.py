@@ -27,7 +27,10 @@ from finetune.shelf import Shelf
 
 log = logging.getLogger("finetune")
 
-KEPT = ("batch_tokens",)  # of environment.json: what a run that is gone on with must not decide again
+KEPT = (
+    "batch_tokens",
+    "checkpoint_activations",
+)  # of environment.json: what a run that is gone on with must not decide again
 
 
 @dataclass(frozen=True)

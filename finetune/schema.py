@@ -108,7 +108,7 @@ class Model(Section):
     eos_tokens: list[str]
     has: list[Trait]
     precision: Literal["float32", "bfloat16", "float16"]
-    checkpoint_activations: bool
+    checkpoint_activations: bool | Literal["auto"]
     rope_scaling: Literal["linear"] | None
 
 

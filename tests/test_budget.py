@@ -105,3 +105,37 @@ def test_auto_records_the_budget_that_gives_every_process_a_row(tmp_path, monkey
     assert budget._decided(alone, lengths, plan) == expected
     record = runs.read_json(tmp_path / "environment.json")
     assert (record["batch_tokens"], record["precision"]) == (expected, "float32")
+
+
+def test_the_largest_pass_is_a_share_of_a_step():
+    lengths, steps = [10, 200, 30, 40, 50], [[0, 1, 2], [3, 4]]
+    assert budget.largest_pass(lengths, steps, parts=1, most=4096) == 240
+    assert budget.largest_pass(lengths, steps, parts=2, most=4096) == 200
+    assert budget.largest_pass(lengths, steps, parts=1, most=100) == 200  # rows are never split
+    assert budget.largest_pass(lengths, steps, parts=1, most=None) == 600  # padded
+
+
+@pytest.mark.parametrize(
+    ("asked", "gib", "expected"), [("auto", 8, False), ("auto", 1, True), (True, 8, True), (False, 1, False)]
+)
+def test_activations_are_recomputed_where_they_would_not_fit(tmp_path, monkeypatch, asked, gib, expected):
+    monkeypatch.setattr(budget, "_free_bytes", lambda device: gib * GIB)
+    runs.write_json(tmp_path / "environment.json", {"precision": "float32"})
+    config = {"model": {"checkpoint_activations": asked}, "method": {"name": "m"}, "optim": {"accumulation": 1}}
+    base = transformers.Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=512)
+    job = SimpleNamespace(
+        run=tmp_path,
+        config=config,
+        main=True,
+        accelerator=SimpleNamespace(num_processes=1, device=SimpleNamespace(type="cpu"), mixed_precision="bf16"),
+        method=SimpleNamespace(checkpointable=True, leaves_base_intact=True),
+        base=SimpleNamespace(model=SimpleNamespace(config=base), num_parameters=1000),
+        feeder=SimpleNamespace(packed=True, most_tokens=4096),
+        train_rows=[SimpleNamespace(ids=range(240))] * 8,
+    )
+    assert budget.recomputes(job, [list(range(8))]) is expected
+    monkeypatch.setattr(budget, "_free_bytes", lambda device: (9 - gib) * GIB)
+    assert budget.recomputes(job, [list(range(8))]) is expected  # what a run that is gone on with did
+    job.method.checkpointable = False
+    assert not budget.recomputes(job, [list(range(8))])
+    assert not budget.recomputes(job, [])
