@@ -28,6 +28,22 @@ def to_cells(runs: Sequence[Run]) -> list[Cell]:
     return sorted(cells, key=lambda cell: (cell.task, cell.model, not _is_base(cell.method), cell.method))
 
 
+def with_short_names(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+    """The cells without what was changed for every method of the study, and that; one method keeps its name."""
+    if len({cell.method for cell in cells}) < 2:
+        return list(cells), []
+    names, shared = without_shared([cell.method for cell in cells])
+    return [replace(cell, method=name) for cell, name in zip(cells, names, strict=True)], shared
+
+
+def without_shared(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names without the suffixes (`lora+optim.epochs=1`) that all of them have, and these."""
+    stems = [name.partition("~")[0].split("+") for name in names]  # behind it: what tells long names apart
+    common = [part for part in (stems or [[""]])[0][1:] if all(part in stem[1:] for stem in stems)]
+    kept = ["+".join(part for part in stem if part not in common) for stem in stems]
+    return ["".join([stem, *name.partition("~")[1:]]) for stem, name in zip(kept, names, strict=True)], common
+
+
 def done(cell: Cell) -> list[Run]:
     """The runs that have scores."""
     return [run for run in cell.runs if run.state == "done"]

@@ -82,9 +82,10 @@ def _told(study: Study) -> dict[str, Any]:
     """The sentences that depend on the study."""
     states = "，".join(f"{count} {CHINESE.get(state, state)}" for state, count in state_counts(study).items())
     left_out = f"；{len(study.left_out)} 个文件夹未能读取" if study.left_out else ""
+    shared = f"；全部带有 {one_line('，'.join(study.shared))}" if study.shared else ""
     return {
         "summary": summary(study),
-        "summary_chinese": f"{len(study.runs)} 次运行：{states}{left_out}",
+        "summary_chinese": f"{len(study.runs)} 次运行：{states}{shared}{left_out}",
         "convention": CONVENTION_TEXTS[study.convention].replace("`", ""),
         "convention_chinese": CONVENTIONS[study.convention],
         "other_scorers": has_other_scorers(study),

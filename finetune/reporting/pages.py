@@ -16,7 +16,7 @@ from finetune.reporting.text import markdown, markdown_path, spreadsheet
 
 def markdown_page(study: Study) -> str:
     """The whole report; links are relative to the study's folder."""
-    parts = [f"# {markdown(study.folder.absolute().name)}", summary(study), *notes(study)]
+    parts = [f"# {markdown(study.folder.absolute().name)}", markdown(summary(study)), *notes(study)]
     for table in tables(study):
         parts += [f"## {markdown(table.title)}", markdown_table(table, folder=study.folder)]
     if study.left_out:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.reporting.cells import Cell, to_cells
+from finetune.reporting.cells import Cell, to_cells, with_short_names
 from finetune.reporting.columns import CONVENTION_TEXTS, CONVENTIONS
 from finetune.reporting.compare import Comparison, compare_cells
 from finetune.reporting.read import LeftOut, Run
 from finetune.reporting.rows import RowScores, read_scores
 from finetune.reporting.standings import standing_tables
 from finetune.reporting.tables import Table, checks_tables, data_tables, reasons_tables, study_tables
+from finetune.reporting.text import one_line
 
 NOTES = """\
 ROUGE is F1 in percent {convention}; `report.csv` has the other conventions and every other score. Scores are means over
@@ -33,14 +34,17 @@ class Study:
     cells: tuple[Cell, ...]
     rows: dict[Path, RowScores]  # by run folder
     comparisons: tuple[Comparison, ...]
+    shared: tuple[str, ...]  # what was changed on the command line for every method, and so is in no name
 
 
 def make_study(folder: Path, *, runs: Sequence[Run], left_out: Sequence[LeftOut], convention: str) -> Study:
     """Group the runs and compare them by ROUGE-L of their rows."""
-    cells, score = to_cells(runs), f"rouge-l{CONVENTIONS[convention]}"
+    (cells, shared), score = with_short_names(to_cells(runs)), f"rouge-l{CONVENTIONS[convention]}"
     rows = read_scores([run.folder for run in runs if run.state == "done"], score=score)
     comparisons = compare_cells(cells, rows=rows, score=score)
-    return Study(folder, tuple(runs), tuple(left_out), convention, tuple(cells), rows, tuple(comparisons))
+    return Study(
+        folder, tuple(runs), tuple(left_out), convention, tuple(cells), rows, tuple(comparisons), tuple(shared)
+    )
 
 
 def tables(study: Study) -> list[Table]:
@@ -51,10 +55,11 @@ def tables(study: Study) -> list[Table]:
 
 
 def summary(study: Study) -> str:
-    """`12 runs: 9 done, 2 failed, 1 unsupported; 1 folder left out`."""
+    """`12 runs: 9 done, 2 failed, 1 unsupported; all with optim.epochs=1; 1 folder left out`."""
     told = ", ".join(f"{count} {state}" for state, count in state_counts(study).items())
     left_out = f"; {_plural(len(study.left_out), 'folder')} left out" if study.left_out else ""
-    return f"{_plural(len(study.runs), 'run')}: {told}{left_out}"
+    shared = f"; all with {one_line(', '.join(study.shared))}" if study.shared else ""
+    return f"{_plural(len(study.runs), 'run')}: {told}{shared}{left_out}"
 
 
 def state_counts(study: Study) -> dict[str, int]:

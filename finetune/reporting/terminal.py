@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from finetune.reporting.cells import without_shared
 from finetune.reporting.tables import Table
 from finetune.reporting.text import one_line
 
@@ -24,7 +25,7 @@ def print_table(table: Table, *, console: Console) -> None:
     rows = [[(one_line(entry.text), entry.best) for entry in row] for row in table.rows]
     shared: list[str] = []
     for column in range(table.num_names):
-        names, common = _without_shared([row[column][0] for row in rows])
+        names, common = without_shared([row[column][0] for row in rows])
         shared += common
         for row, name in zip(rows, names, strict=True):
             row[column] = (name, row[column][1])
@@ -37,14 +38,6 @@ def print_table(table: Table, *, console: Console) -> None:
         places = [(column, widths[column], column < table.num_names) for column in columns]
         lines += [*_header_lines(header, places), *(_line(row, places) for row in rows), Text()]
     console.print(Text("\n").join(lines), soft_wrap=True)
-
-
-def _without_shared(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names without the suffixes (`lora+optim.epochs=1`) that all of them have, and these."""
-    stems = [name.partition("~")[0].split("+") for name in names]  # behind it: what tells long names apart
-    common = [part for part in (stems or [[""]])[0][1:] if all(part in stem[1:] for stem in stems)]
-    kept = ["+".join(part for part in stem if part not in common) for stem in stems]
-    return ["".join([stem, *name.partition("~")[1:]]) for stem, name in zip(kept, names, strict=True)], common
 
 
 def _pieces(widths: Sequence[int], *, num_names: int, width: int) -> list[list[int]]:

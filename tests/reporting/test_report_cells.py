@@ -1,4 +1,4 @@
-from finetune.reporting.cells import done, to_cells
+from finetune.reporting.cells import done, to_cells, with_short_names
 from finetune.reporting.read import read_all
 
 
@@ -41,3 +41,12 @@ def test_a_run_that_failed_before_it_knew_its_weights_stays_with_the_others(make
     (make_run(seed=2, state="failed") / "environment.json").unlink()
     [cell] = cells_of(multirun)
     assert [run.seed for run in done(cell)] == ["1"]
+
+
+def test_what_every_method_has_is_in_no_name(make_run, multirun):
+    for method in ("none+optim.epochs=1", "lora+adapter.r=8+optim.epochs=1"):
+        make_run(method=method)
+    cells, shared = with_short_names(to_cells(read_all(multirun)[0]))
+    assert [cell.method for cell in cells] == ["none", "lora+adapter.r=8"]
+    assert shared == ["optim.epochs=1"]
+    assert with_short_names(cells[1:]) == (cells[1:], [])
