@@ -152,6 +152,21 @@ def descendants(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def still_running(processes, *, seconds=5):
+    """Those that do not end by then; one that has ended and waits for init to notice it has."""
+    end = time.monotonic() + seconds
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left
+
+
+def _runs(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for(condition, *, seconds=120, while_runs=None):
     """Until the condition holds; its value."""
     deadline = time.monotonic() + seconds

@@ -6,7 +6,7 @@ import time
 
 import psutil
 import pytest
-from grids import ENDLESS, ROOT, descendants, failure, folders, processes_in, wait_for_file
+from grids import ENDLESS, ROOT, descendants, failure, folders, processes_in, still_running, wait_for_file
 
 from finetune.runs import state
 
@@ -108,7 +108,7 @@ def test_no_orphans_when_the_sweep_ends_early(command, tmp_path, number, status)
     errors = sweep.communicate(timeout=60)[1]
     assert sweep.returncode == status
     assert "Traceback" not in errors
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     assert processes_in(tmp_path) == {}
     for folder in folders(tmp_path) if number != signal.SIGKILL else ():
         assert failure(folder)["kind"] == "interrupted"
@@ -130,7 +130,7 @@ def test_a_second_interrupt_ends_at_once(command, tmp_path, fault):
     assert time.monotonic() - began < 15
     assert sweep.returncode == 130
     assert "Traceback" not in errors
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     [folder] = folders(tmp_path)
     assert failure(folder)["kind"] == "interrupted"
 

@@ -3,7 +3,7 @@
 import json
 
 import psutil
-from grids import ENDLESS, failure, folders, processes_in, wait_for_file
+from grids import ENDLESS, failure, folders, processes_in, still_running, wait_for_file
 
 METHODS = ("none", "lora", "full", "prefix", "llama_adapter", "bitfit", "qlora", "ptuning")  # two move the base
 
@@ -50,7 +50,7 @@ def test_a_worker_stops_politely_and_its_cell_goes_on(command, tmp_path):
     sweep.terminate()
     sweep.communicate(timeout=60)
     assert sweep.returncode == 75
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     assert processes_in(tmp_path) == {}
     [folder] = folders(tmp_path)
     assert failure(folder)["kind"] == "interrupted"

@@ -3,9 +3,8 @@
 import json
 import signal
 
-import psutil
 import pytest
-from grids import ROOT, SMALL, descendants, failure, folders, processes_in, wait_for
+from grids import ROOT, SMALL, descendants, failure, folders, processes_in, still_running, wait_for
 
 from finetune import checkpoint
 
@@ -54,7 +53,7 @@ def test_stopped_in_one_cell_and_killed_in_the_next(command, tmp_path):
     sweep.send_signal(signal.SIGTERM)
     sweep.communicate(timeout=60)
     assert sweep.returncode == 75
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     assert failure(second)["kind"] == "interrupted"
     kept = checkpoint.found(second / "checkpoint")[-1]
     checkpoint.verify(kept)
@@ -66,7 +65,7 @@ def test_stopped_in_one_cell_and_killed_in_the_next(command, tmp_path):
     below = descendants(sweep)
     sweep.kill()
     sweep.wait()
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     reached = len(lines(third))
 
     result = command(*GRID, "study=wild")

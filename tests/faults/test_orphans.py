@@ -4,7 +4,7 @@ import signal
 
 import psutil
 import pytest
-from grids import ENDLESS, descendants, processes_in, wait_for, wait_for_file
+from grids import ENDLESS, descendants, processes_in, still_running, wait_for, wait_for_file
 
 pytestmark = pytest.mark.faults
 
@@ -21,7 +21,7 @@ def test_no_orphans(command, tmp_path, words, number):
     assert len(below) >= (4 if words[0] == RANKS[0] else 3)
     sweep.send_signal(number)
     sweep.communicate(timeout=60)
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     assert processes_in(tmp_path) == {}
 
 
@@ -48,4 +48,4 @@ def test_a_killed_job_takes_its_tracker_along(command, tmp_path):
     job.kill()
     sweep.communicate(timeout=60)
     assert sweep.returncode == 1
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []

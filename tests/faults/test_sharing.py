@@ -5,7 +5,7 @@ import signal
 
 import psutil
 import pytest
-from grids import ENDLESS, descendants, failure, folders, processes_in, started, wait_for, wait_for_file
+from grids import ENDLESS, descendants, failure, folders, processes_in, started, still_running, wait_for, wait_for_file
 
 GRID = ("-m", "method=lora", "seed=1,2,3", "launch.jobs=1")
 
@@ -31,7 +31,7 @@ def test_a_cell_whose_sweep_dies_is_taken_over(command, tmp_path):
     below = descendants(first)
     first.kill()
     first.wait()
-    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert still_running(below) == []
     errors = second.communicate(timeout=300)[1]
     assert second.returncode == 0, errors
     [folder] = folders(tmp_path)
