@@ -20,7 +20,9 @@ METHODS = {
 PHASES = {
     "loading": lambda run, n: (run / "run.log").exists(),
     "training": lambda run, n: num_lines(run / "steps.jsonl") > n,
-    "writing": lambda run, n: len(list((run / "checkpoint").glob(f".step-00000{n + 2}"))) > 0,
+    "writing": lambda run, n: (
+        len(list((run / "checkpoint").glob(f"*step-00000{n + 2}"))) > 0
+    ),  # the draft, or what it became
     "predicting": lambda run, n: num_lines(run / ".predictions-0.jsonl") > n % 3,
     "scoring": lambda run, n: (run / "predictions.jsonl").exists(),
 }
