@@ -40,15 +40,15 @@ def document(lines: Sequence[Line]) -> list[str]:
     ):
         if table := make(good):
             found.append(f"### {title}\n\n{table}")
-    failed = (x for what in ("training", "cell", "check") for x in _latest(lines, what=what) if "failed" in x)
-    found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in failed]
+    last = {(x["what"], x["shape"], x["who"], x.get("times"), x.get("rows")): x for x in lines}
+    found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in last.values() if "failed" in x]
     return found
 
 
 def training(lines: Sequence[Line]) -> str:
     """Rates, memory and start-up of every contender."""
     rows = [
-        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]), _thousands(x["late_tokens_per_second"]),
+        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]), _thousands(x.get("late_tokens_per_second")),
          f"{x['steps_per_second']:.1f}", f"{x['peak_gib']:.1f}", f"{x['start_up_seconds']:.0f}",
          f"{x['first_loss']:.2f}")
         for x in _latest(lines, what="training")
@@ -169,8 +169,8 @@ def _times(line: Line) -> str:
     return f"x {line['times']:g}"
 
 
-def _thousands(rate: float) -> str:
-    return f"{rate / 1000:.1f} k"
+def _thousands(rate: float | None) -> str:
+    return "" if rate is None else f"{rate / 1000:.1f} k"
 
 
 def _ratio(own: float | None, peer: float | None) -> str:

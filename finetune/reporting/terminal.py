@@ -14,6 +14,7 @@ from finetune.reporting.tables import Table
 from finetune.reporting.text import one_line
 
 GAP = "  "
+NAMES = ("task", "model", "method")  # columns whose names have suffixes; others may be any text
 
 
 def print_table(table: Table, *, console: Console) -> None:
@@ -25,6 +26,8 @@ def print_table(table: Table, *, console: Console) -> None:
     rows = [[(one_line(entry.text), entry.best) for entry in row] for row in table.rows]
     shared: list[str] = []
     for column in range(table.num_names):
+        if table.header[column] not in NAMES:
+            continue
         names, common = without_shared([row[column][0] for row in rows])
         shared += common
         for row, name in zip(rows, names, strict=True):

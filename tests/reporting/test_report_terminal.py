@@ -37,6 +37,12 @@ def test_names_are_no_markup_and_no_escape_sequence():
     assert "\x1b" not in shown
 
 
+def test_reasons_are_told_whole():
+    reason = "loss is 1.2e+05 at step 3"
+    table = Table("", "Without scores", ("method", "reason"), ((Entry("lora"), Entry(reason)),), num_names=2)
+    assert reason in printed(table, width=80)
+
+
 def test_what_all_rows_have_stands_in_the_title():
     names = ["lora+adapter.r=4+optim.max_steps=10", "none+optim.max_steps=10", "a+optim.max_steps=10+x=_~0123abcd"]
     table = Table("clinic", "", ("method", "score"), tuple((Entry(name), Entry("1")) for name in names), num_names=1)
