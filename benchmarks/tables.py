@@ -48,9 +48,9 @@ def document(lines: Sequence[Line]) -> list[str]:
 def training(lines: Sequence[Line]) -> str:
     """Rates, memory and start-up of every contender."""
     rows = [
-        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]), _thousands(x.get("late_tokens_per_second")),
-         f"{x['steps_per_second']:.1f}", f"{x['peak_gib']:.1f}", f"{x['start_up_seconds']:.0f}",
-         f"{x['first_loss']:.2f}")
+        (x["shape"], x["who"], _times(x), _thousands(x["tokens_per_second"]),
+         _thousands(x.get("late_tokens_per_second")), f"{x['steps_per_second']:.1f}", f"{x['peak_gib']:.1f}",
+         f"{x['start_up_seconds']:.0f}", f"{x['first_loss']:.2f}")
         for x in _latest(lines, what="training")
     ]  # fmt: skip
     return table(

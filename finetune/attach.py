@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import set_seed
 
+from finetune.budget import recomputes
 from finetune.config import learning_rate
 from finetune.job import Job
 from finetune.models.load import Base
 
 
-def attached(job: Job, *, num_steps: int, recomputed: bool) -> tuple[Any, dict[str, Any]]:
-    """The model to train, whose activations may be recomputed in the backward pass, and its parameter counts."""
+def attached(job: Job, steps: Sequence[Sequence[int]]) -> tuple[Any, dict[str, Any]]:
+    """The model to train with these steps, and its parameter counts."""
     set_seed(job.config["seed"])
     before = {id(parameter) for parameter in job.base.model.parameters()}
     model = job.method.attach(
-        job.base.model, tokenizer=job.base.tokenizer, num_steps=num_steps, train_rows=job.split.train
+        job.base.model, tokenizer=job.base.tokenizer, num_steps=len(steps), train_rows=job.split.train
     )
-    if recomputed:
+    if recomputes(job, steps, num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad)):
         job.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = model.to(job.accelerator.device)
     learnt = job.method.fit(model, job.split.train, encode=job.encode, lr=learning_rate(job.config))

@@ -77,8 +77,11 @@ def planned(job: Job) -> tuple[list[list[int]], int | None]:
     return steps, budget
 
 
-def recomputes(job: Job, steps: Sequence[Sequence[int]]) -> bool:
-    """Are activations recomputed in the backward pass? `auto`: where those of the largest pass would not fit."""
+def recomputes(job: Job, steps: Sequence[Sequence[int]], *, num_trained: int) -> bool:
+    """Are activations recomputed in the backward pass? `auto`: where those of the largest pass would not fit.
+
+    `num_trained` parameters are trained, and are there already.
+    """
     asked = job.config["model"]["checkpoint_activations"]
     if not (asked and steps):
         return False
@@ -86,7 +89,7 @@ def recomputes(job: Job, steps: Sequence[Sequence[int]]) -> bool:
         if asked is True:
             log.warning("%s cannot checkpoint activations: trained without", job.config["method"]["name"])
         return False
-    return True if asked is True else bool(_of_all(job, lambda: _too_large(job, steps)))
+    return True if asked is True else bool(_of_all(job, lambda: _too_large(job, steps, num_trained)))
 
 
 def largest_pass(lengths: Sequence[int], steps: Sequence[Sequence[int]], *, parts: int, most: int | None) -> int:
@@ -153,7 +156,7 @@ def _of_all(job: Job, decide: Callable[[], int]) -> int:
     return found[0]
 
 
-def _too_large(job: Job, steps: Sequence[Sequence[int]]) -> bool:
+def _too_large(job: Job, steps: Sequence[Sequence[int]], num_trained: int) -> bool:
     """Does the largest pass not fit without recomputing? As environment.json says, or else will say from now on."""
     record = runs.read_environment(job.run)
     if isinstance(known := record.get("checkpoint_activations"), bool):
@@ -161,7 +164,7 @@ def _too_large(job: Job, steps: Sequence[Sequence[int]]) -> bool:
     parts = job.accelerator.num_processes * int(job.config["optim"]["accumulation"])
     most = job.feeder.most_tokens if job.feeder.packed else None
     tokens = largest_pass([len(example.ids) for example in job.train_rows], steps, parts=parts, most=most)
-    fitting = _fitting_pass(job, checkpointed=False)
+    fitting = _fitting_pass(job, checkpointed=False, num_parameters=num_trained, trains_base=True)
     if tokens > fitting:
         log.info(
             "activations are recomputed: a pass has up to %d tokens, and without %d fit into memory", tokens, fitting
@@ -189,22 +192,25 @@ def _decided(job: Job, lengths: Sequence[int], given: Mapping[str, Any]) -> int:
 def _fitting(job: Job) -> int | None:
     """Tokens of a step that fit into memory, one pass a process and micro-batch; None if whole packs do."""
     asked = job.config["model"]["checkpoint_activations"]
-    tokens = _fitting_pass(job, checkpointed=asked is True and job.method.checkpointable)
+    tokens = _fitting_pass(
+        job,
+        checkpointed=asked is True and job.method.checkpointable,
+        num_parameters=job.base.num_parameters,
+        trains_base=not job.method.leaves_base_intact,
+    )
     if job.feeder.packed and tokens >= PACK_TOKENS[job.accelerator.device.type]:
         return None  # a larger step is several packs, one after the other
     real = tokens if job.feeder.packed else int((1 - WASTE) * tokens)
     return real * job.accelerator.num_processes * int(job.config["optim"]["accumulation"])
 
 
-def _fitting_pass(job: Job, *, checkpointed: bool) -> int:
-    """Tokens of a pass that fit into the memory that is free now."""
+def _fitting_pass(job: Job, **sizes: Any) -> int:
+    """Tokens of a pass that fit into the memory that is free now; `sizes` are those of `fitting_tokens`."""
     return fitting_tokens(
         Shape.of(job.base.model.config),
-        num_parameters=job.base.num_parameters,
         free=_free_bytes(job.accelerator.device),
-        trains_base=not job.method.leaves_base_intact,
         number_bytes=4 if job.accelerator.mixed_precision == "no" else 2,
-        checkpointed=checkpointed,
+        **sizes,
     )
 
 

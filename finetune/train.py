@@ -23,7 +23,7 @@ from finetune import checks, failure, general, outcome, runs
 from finetune import config as settings
 from finetune.answers import Answering, decoding
 from finetune.attach import attached
-from finetune.budget import planned, recomputes
+from finetune.budget import planned
 from finetune.environment import peak_memory_gib
 from finetune.feeder import mean_loss
 from finetune.job import Job, load_job, reloaded
@@ -52,7 +52,7 @@ def train(run: Path, stop: Stop, bases: Shelf) -> None:
     tracker = Tracker(run, config if job.main else None)
     probe, general_loss = _probe(job, steps), _general_loss(job, job.base.model)
     base_states, base_seconds = _measured(job, probe, job.base.model)
-    model, counts = attached(job, num_steps=len(steps), recomputed=recomputes(job, steps))
+    model, counts = attached(job, steps)
     start_states, start_seconds = _measured(job, probe, model)
     keeper = _keeper(job, num_steps=len(steps), stop=stop)
     answering = Answering(job, model, stop)

@@ -133,9 +133,11 @@ def test_activations_are_recomputed_where_they_would_not_fit(tmp_path, monkeypat
         feeder=SimpleNamespace(packed=True, most_tokens=4096),
         train_rows=[SimpleNamespace(ids=range(240))] * 8,
     )
-    assert budget.recomputes(job, [list(range(8))]) is expected
+    assert budget.recomputes(job, [list(range(8))], num_trained=10**6) is expected
     monkeypatch.setattr(budget, "_free_bytes", lambda device: (9 - gib) * GIB)
-    assert budget.recomputes(job, [list(range(8))]) is expected  # what a run that is gone on with did
+    assert (
+        budget.recomputes(job, [list(range(8))], num_trained=10**6) is expected
+    )  # what a run that is gone on with did
     job.method.checkpointable = False
-    assert not budget.recomputes(job, [list(range(8))])
-    assert not budget.recomputes(job, [])
+    assert not budget.recomputes(job, [list(range(8))], num_trained=10**6)
+    assert not budget.recomputes(job, [], num_trained=10**6)
