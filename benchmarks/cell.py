@@ -74,8 +74,8 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     if args.inside == "store":
         return {"folder": str(stored(args.shape))}
     size, imported = vocab_size(args.shape), time.perf_counter() - began
-    steps = math.ceil(args.check * EPOCHS / (4 if args.inside == "peft" else 8)) or None
-    meter = Meter(args.seconds, cycle=GROUPED if args.inside == "trl-tuned" else 1, num_steps=steps)
+    steps = math.ceil(args.check * EPOCHS / (4 if args.inside.startswith("peft") else 8)) or None
+    meter = Meter(args.seconds, cycle=GROUPED if args.inside.startswith("trl-tuned") else 1, num_steps=steps)
     examples = rows(args.check or ROWS, vocab_size=size)
     model = contenders()[args.inside](args.shape, meter, examples, folder=True)
     asked = rows(args.peer_answers, vocab_size=size, seed=1, announced=True)
