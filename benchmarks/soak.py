@@ -110,13 +110,20 @@ def kill_one(sweep: subprocess.Popen[bytes], draw: random.Random, found: dict[st
     if not below or draw.random() < 0.25:
         sweep.kill()
         sweep.wait()
-        gone = psutil.wait_procs(below, timeout=5)[1] == []
-        if not gone:
+        if any(_runs(process) for process in psutil.wait_procs(below, timeout=5)[1]):
             sys.exit("orphans: processes outlived the sweep by five seconds")
         found["sweeps"] += 1
     else:
         draw.choice(below).kill()
         found["jobs"] += 1
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Does it do anything? One that has ended may wait for init to notice it."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:

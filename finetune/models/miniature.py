@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -69,18 +68,11 @@ RECIPES = {
 }
 
 
-def cache_folder() -> Path:
-    """`FINETUNE_CACHE`, or `finetune` in the user's cache folder."""
-    if folder := os.environ.get("FINETUNE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
-
-
 def build(architecture: str, *, cache: Path | None = None, log: Callable[[str], Any] = print) -> Path:
     """The folder of that miniature, made now if it is not there yet."""
     if architecture not in RECIPES:
         raise ValueError(f"no miniature of {architecture!r}; there are {', '.join(RECIPES)}")
-    return make(RECIPES[architecture], name=architecture, cache=cache or cache_folder(), log=log)
+    return make(RECIPES[architecture], name=architecture, cache=cache or sources.cache_folder(), log=log)
 
 
 def make(recipe: Recipe, *, name: str, cache: Path, log: Callable[[str], Any] = print) -> Path:
@@ -89,7 +81,12 @@ def make(recipe: Recipe, *, name: str, cache: Path, log: Callable[[str], Any] = 
     if _whole(folder):
         return folder
     base = make(recipe.extends, name=recipe.extends.architecture, cache=cache, log=log) if recipe.extends else None
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"no miniature can be kept in {folder.parent} ({error.strerror}): set FINETUNE_CACHE to a folder for it"
+        ) from error
     with filelock.FileLock(f"{folder}.lock"):
         if not _whole(folder):
             if folder.exists():

@@ -299,3 +299,20 @@ def test_a_cache_that_cannot_be_written_costs_only_time(folders, tmp_path, monke
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
     assert len(sources.weights_hash(resolve(model(path=str(folders["main"]))))) == 64
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"FINETUNE_CACHE": "a", "XDG_CACHE_HOME": "b"}, "a"),
+        ({"XDG_CACHE_HOME": "b", "HOME": "c"}, "b/finetune"),
+        ({"HOME": "c"}, "c/.cache/finetune"),
+    ],
+    ids=["own", "xdg", "home"],
+)
+def test_the_cache_is_the_users(monkeypatch, tmp_path, variables, folder):
+    for name in ("FINETUNE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert sources.cache_folder() == tmp_path / folder

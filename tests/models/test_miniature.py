@@ -161,18 +161,8 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
         miniature.build("gpt", cache=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("variables", "folder"),
-    [
-        ({"FINETUNE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/finetune"),
-        ({"HOME": "/c"}, "/c/.cache/finetune"),
-    ],
-    ids=["own", "xdg", "home"],
-)
-def test_the_cache_is_the_users(monkeypatch, variables, folder):
-    for name in ("FINETUNE_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert str(miniature.cache_folder()) == folder
+def test_a_cache_that_cannot_be_made_is_told_by_name(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"no miniature .*file/miniatures \(Not a directory\): set FINETUNE_CACHE"):
+        miniature.build("qwen")
