@@ -13,12 +13,14 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from benchmarks.contest import details, show
 from benchmarks.peers import lora
 from benchmarks.shapes import base, vocab_size
 from finetune.environment import without_plans
@@ -29,17 +31,18 @@ PROMPT, NEW = 200, 64
 
 
 def main() -> None:
-    """Print one table."""
-    parser = argparse.ArgumentParser()
+    """Measure every decoder in turn; one JSON line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="8,64,256,512")
     parser.add_argument("--shape", default="0.5B")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks.jsonl"))
     args = parser.parse_args()
+    about = details()
     model = get_peft_model(base(args.shape, dtype=torch.bfloat16), lora()).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.01)
-    print("| rows | decoder | weights | new tokens/s | rows equal to generate's |\n|--:|---|---|--:|--:|")
     merged: Any = None
     for weights in ("beside", "merged"):
         if weights == "merged":
@@ -52,7 +55,8 @@ def main() -> None:
                 new, rate = _timed(decode, network, ids)
                 reference = new if reference is None else reference
                 equal = int((new == reference).all(dim=1).sum())
-                print(f"| {count} | {name} | {weights} | {rate:.0f} | {equal} |", flush=True)
+                line = {"what": "decoding", "shape": args.shape, "weights": weights, "rows": count, "decoder": name}
+                show({**line, "tokens_per_second": rate, "equal": equal, **about}, args.out)
 
 
 def _timed(decode: Callable[[Any, Tensor], Tensor], network: Any, ids: Tensor) -> tuple[Tensor, float]:

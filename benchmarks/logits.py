@@ -8,12 +8,13 @@ LoRA of rank 8 on all linear layers in bfloat16, rows of benchmarks.rows in one 
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.contest import details, show
 from benchmarks.rows import rows
 from benchmarks.shapes import LINEAR, SHAPES, base, vocab_size
 from finetune.budget import Shape
@@ -30,18 +31,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="0.5B", choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=32768, help="of the pack")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks.jsonl"))
     asked = parser.parse_args()
+    about = details()
     cuda = torch.cuda.is_available()
     network = base(asked.shape, dtype=torch.bfloat16 if cuda else torch.float32)
     model = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
     model.train()
     batch = _pack(asked.tokens, vocab_size=vocab_size(asked.shape)).to(network.device)
     per_token = Shape.of(network.config).bytes_per_token(number_bytes=2, checkpointed=False)
-    known = {"shape": asked.shape, "tokens": batch.num_tokens, "supervised": len(batch.labels)}
+    known = {"what": "logits", "shape": asked.shape, "tokens": batch.num_tokens, "supervised": len(batch.labels)}
     known["estimated_gib_without_logits"] = round(batch.num_tokens * per_token / 2**30, 2)
     for name, most in LIMITS.items():
         with packing(network):
-            print(json.dumps({**known, "at_once": name, **_measured(model, batch, most=most)}), flush=True)
+            show({**known, "at_once": name, **_measured(model, batch, most=most), **about}, asked.out)
 
 
 def _pack(tokens: int, *, vocab_size: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Lines of benchmarks.training and benchmarks.cell -> Markdown for docs/benchmarks.md. The last line of each counts.
+"""Lines of the other benchmarks -> Markdown for docs/benchmarks.md. The last line of each kind counts.
 
 python -m benchmarks.tables benchmarks.jsonl
 """
@@ -15,6 +15,7 @@ from benchmarks.formula import ANSWERS, CELLS, EPOCHS, ROWS, grid_seconds, secon
 
 Line = Mapping[str, Any]
 GROWTH = (500, 2000, 8000)  # training rows
+DECODERS = ("generate", "places")  # transformers', this project's
 
 
 def main() -> None:
@@ -31,16 +32,19 @@ def document(lines: Sequence[Line]) -> list[str]:
     found = [_about(good)]
     for title, make in (
         ("Steady training", training),
-        ("Tokens/s of this project to a peer's", ratios),
+        ("Tokens/s of this project to a peer's, of the last halves", ratios),
         (f"Whole cells, seconds ({ROWS} rows x {EPOCHS} epochs, {ANSWERS} answers, by the formula)", cells),
         (f"Grids of {CELLS} cells, seconds, by the formula", grids),
         ("How cost grows, seconds, by the formula", growth),
         ("The formula and real cells", checks),
         ("Memory", memory),
+        ("Decoding, new tokens/s", decoding),
+        ("Logits at once", logits),
+        ("The demo cell on a CPU", demo),
     ):
         if table := make(good):
             found.append(f"### {title}\n\n{table}")
-    last = {(x["what"], x["shape"], x["who"], x.get("times"), x.get("rows")): x for x in lines}
+    last = {(x["what"], x["shape"], x["who"], x.get("times"), x.get("rows")): x for x in lines if "who" in x}
     found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in last.values() if "failed" in x]
     return found
 
@@ -60,7 +64,8 @@ def training(lines: Sequence[Line]) -> str:
 
 def ratios(lines: Sequence[Line]) -> str:
     """This project's rate over each peer's at the peer's own number of rows."""
-    rates = {(x["shape"], x["who"]): x["tokens_per_second"] for x in _latest(lines, what="training") if x["times"] == 1}
+    known = [x for x in _latest(lines, what="training") if x["times"] == 1]
+    rates = {(x["shape"], x["who"]): x.get("late_tokens_per_second", x["tokens_per_second"]) for x in known}
     pairs = [
         ("compiled", "trl"), ("compiled", "trl-tuned"), ("compiled", "trainer"), ("compiled-4", "peft"),
         ("compiled-128", "trl-tuned-32"), ("compiled-64", "trl-tuned-16"), ("eager", "trl"),
@@ -134,6 +139,46 @@ def memory(lines: Sequence[Line]) -> str:
         if who != plain and (whole := peaks.get((shape, plain))):
             rows.append((shape, who, plain, f"{peak:.1f}", f"{whole:.1f}", f"{1 - peak / whole:.0%}"))
     return table("shape|contender|compared with|peak GiB|its peak GiB|less", rows, words=3)
+
+
+def decoding(lines: Sequence[Line]) -> str:
+    """This project's rates beside those of `generate`."""
+    rates: dict[tuple[Any, ...], dict[str, Line]] = {}
+    for x in lines:
+        if x["what"] == "decoding":
+            rates.setdefault((x["shape"], x["weights"], x["rows"]), {})[x["decoder"]] = x
+    rows = []
+    for (shape, weights, count), found in rates.items():
+        if len(found) == len(DECODERS):
+            theirs, ours = (found[name]["tokens_per_second"] for name in DECODERS)
+            equal = f"{found[DECODERS[1]]['equal']}"
+            rows.append((shape, weights, f"{count}", _thousands(theirs), _thousands(ours), _ratio(ours, theirs), equal))
+    return table("shape|LoRA|rows|`generate`|this project|ratio|rows alike", rows, words=2)
+
+
+def logits(lines: Sequence[Line]) -> str:
+    """Memory and time of one pack, by the number of logits at once."""
+    found = {(x["shape"], x["tokens"], x["at_once"]): x for x in lines if x["what"] == "logits"}
+    rows = [
+        (shape, at_once, f"{tokens}", f"{x['supervised']}", f"{x['peak_gib']:.1f}", f"{x['ms']:.0f}")
+        for (shape, tokens, at_once), x in found.items()
+    ]
+    return table("shape|logits at once|tokens|supervised|peak GiB|ms", rows, words=2)
+
+
+def demo(lines: Sequence[Line]) -> str:
+    """The last one measured."""
+    found = [x for x in lines if x["what"] == "demo cell"]
+    if not found:
+        return ""
+    x, rows = found[-1], []
+    for title, key, ratio in (
+        ("training, real tokens/s", "tokens_per_second", "ratio tokens_per_second"),
+        ("answers/s", "answers_per_second", "ratio answers_per_second"),
+        ("the whole cell, s, from these rates", "cell_seconds", "ratio cell"),
+    ):
+        rows.append((title, f"{x[f'trainer {key}']:.0f}", f"{x[f'ours {key}']:.0f}", f"{x[ratio]:.1f}"))
+    return table("|`Trainer`|this project|ratio", rows, words=1)
 
 
 def table(head: str, rows: Iterable[Sequence[str]], *, words: int) -> str:
