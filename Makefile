@@ -41,6 +41,7 @@ bench: install ## Measure speed against peers (a GPU, trl and datasets are neede
 	$(BIN)/python -m benchmarks.training --shapes 7B --who compiled-64,trl-tuned-16,trl-tuned-16-no-cudnn
 	$(BIN)/python -m benchmarks.training --shapes 0.5B --who full-adamw,full-adamw_8bit,full-paged_adamw_8bit --seconds 5
 	$(BIN)/python -m benchmarks.training --shapes 7B --who eager-1,qlora-eager-1,qlora-eager --seconds 5
+	$(BIN)/python -m benchmarks.kernels --shapes 0.5B,1.5B,7B --rows 8,64
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.logits
 	$(BIN)/python -m benchmarks.demo_cell

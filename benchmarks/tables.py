@@ -38,6 +38,7 @@ def document(lines: Sequence[Line]) -> list[str]:
         ("How cost grows, seconds, by the formula", growth),
         ("The formula and real cells", checks),
         ("Memory", memory),
+        ("A step's milliseconds on the GPU, and its kernels", kernels),
         ("Decoding, new tokens/s", decoding),
         ("Logits at once", logits),
         ("The demo cell on a CPU", demo),
@@ -139,6 +140,18 @@ def memory(lines: Sequence[Line]) -> str:
         if who != plain and (whole := peaks.get((shape, plain))):
             rows.append((shape, who, plain, f"{peak:.1f}", f"{whole:.1f}", f"{1 - peak / whole:.0%}"))
     return table("shape|contender|compared with|peak GiB|its peak GiB|less", rows, words=3)
+
+
+def kernels(lines: Sequence[Line]) -> str:
+    """By kind; gaps are of the traced steps."""
+    found = {(x["shape"], x["rows"]): x for x in lines if x["what"] == "kernels"}
+    names = list(dict.fromkeys(name for x in found.values() for name in x["ms"]))
+    rows = [
+        (shape, f"{count}", f"{x['step_ms']:.1f}", f"{x['traced_ms']:.1f}", f"{x['gaps_ms']:.1f}",
+         *(f"{x['ms'][name]:.1f} in {x['kernels'][name]:.0f}" if name in x["ms"] else "" for name in names))
+        for (shape, count), x in found.items()
+    ]  # fmt: skip
+    return table("|".join(["shape", "rows", "step ms", "traced ms", "gaps ms", *names]), rows, words=1)
 
 
 def decoding(lines: Sequence[Line]) -> str:
