@@ -38,6 +38,7 @@ bench: install ## Measure speed against peers (a GPU, trl and datasets are neede
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --who compiled,compiled-4,eager,trl,trl-tuned,peft,trainer
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --who trl-no-cudnn,trl-tuned-no-cudnn,peft-no-cudnn,trainer-no-cudnn
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B --who compiled-128,trl-tuned-32,trl-tuned-32-no-cudnn
+	$(BIN)/python -m benchmarks.training --shapes 0.5B --who trl-tuned-64,trl-tuned-64-no-cudnn
 	$(BIN)/python -m benchmarks.training --shapes 7B --who compiled-64,trl-tuned-16,trl-tuned-16-no-cudnn
 	$(BIN)/python -m benchmarks.training --shapes 0.5B --who full-adamw,full-adamw_8bit,full-paged_adamw_8bit --seconds 5
 	$(BIN)/python -m benchmarks.training --shapes 7B --who eager-1,qlora-eager-1,qlora-eager --seconds 5

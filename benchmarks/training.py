@@ -32,7 +32,7 @@ def contenders() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {
         "trl": functools.partial(trl, tuned=False, batch_rows=8),
         "trl-tuned": functools.partial(trl, tuned=True, batch_rows=8),
-        **{f"trl-tuned-{number}": functools.partial(trl, tuned=True, batch_rows=number) for number in (16, 32)},
+        **{f"trl-tuned-{number}": functools.partial(trl, tuned=True, batch_rows=number) for number in (16, 32, 64)},
         "trainer": functools.partial(trainer, batch_rows=8, cpu=False),
         "peft": functools.partial(comparison_loop, batch_rows=4),
     }
