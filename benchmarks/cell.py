@@ -66,7 +66,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     from benchmarks import answers as answering
     from benchmarks.meter import Meter
-    from benchmarks.peers import GROUPED
+    from benchmarks.peers import cycle
     from benchmarks.rows import rows
     from benchmarks.shapes import stored, vocab_size
     from benchmarks.training import contenders
@@ -75,7 +75,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
         return {"folder": str(stored(args.shape))}
     size, imported = vocab_size(args.shape), time.perf_counter() - began
     steps = math.ceil(args.check * EPOCHS / (4 if args.inside.startswith("peft") else 8)) or None
-    meter = Meter(args.seconds, cycle=GROUPED if args.inside.startswith("trl-tuned") else 1, num_steps=steps)
+    meter = Meter(args.seconds, cycle=cycle(args.inside), num_steps=steps)
     examples = rows(args.check or ROWS, vocab_size=size)
     model = contenders()[args.inside](args.shape, meter, examples, folder=True)
     asked = rows(args.peer_answers, vocab_size=size, seed=1, announced=True)

@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from benchmarks.contest import details, show
+from benchmarks.peers import lora
 from benchmarks.rows import rows
-from benchmarks.shapes import LINEAR, SHAPES, base, vocab_size
+from benchmarks.shapes import SHAPES, base, vocab_size
 from finetune.budget import Shape
 from finetune.data.batches import Batch, pack
 from finetune.feeder import summed_loss
@@ -36,7 +37,7 @@ def main() -> None:
     about = details()
     cuda = torch.cuda.is_available()
     network = base(asked.shape, dtype=torch.bfloat16 if cuda else torch.float32)
-    model = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
+    model = get_peft_model(network, lora())
     model.train()
     batch = _pack(asked.tokens, vocab_size=vocab_size(asked.shape)).to(network.device)
     per_token = Shape.of(network.config).bytes_per_token(number_bytes=2, checkpointed=False)

@@ -19,7 +19,12 @@ from benchmarks.rows import PAD, Row, num_tokens
 from benchmarks.shapes import LINEAR, base, device, stored, tokenizer
 
 ENDLESS = 100_000  # steps
-GROUPED = 50  # batches that transformers sorts by length together, longest first: only whole ones have a mean length
+GROUPED = 50  # batches that transformers sorts by length together, longest first
+
+
+def cycle(who: str) -> int:
+    """The steps of a contender that have a mean length of rows: whole groups, where it groups."""
+    return GROUPED if who.startswith("trl-tuned") else 1
 
 
 def network(shape: str, meter: Meter, *, dtype: torch.dtype, folder: bool) -> Any:

@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from finetune import claims
+
 log = logging.getLogger("soak")
 ROOT = Path(__file__).parent.parent
 WORDS = (
@@ -110,20 +112,13 @@ def kill_one(sweep: subprocess.Popen[bytes], draw: random.Random, found: dict[st
     if not below or draw.random() < 0.25:
         sweep.kill()
         sweep.wait()
-        if any(_runs(process) for process in psutil.wait_procs(below, timeout=5)[1]):
+        left = psutil.wait_procs(below, timeout=5)[1]  # also those that have ended and wait for init to notice it
+        if any(claims.process_start(process.pid) is not None for process in left):
             sys.exit("orphans: processes outlived the sweep by five seconds")
         found["sweeps"] += 1
     else:
         draw.choice(below).kill()
         found["jobs"] += 1
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Does it do anything? One that has ended may wait for init to notice it."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:

@@ -45,8 +45,9 @@ def document(lines: Sequence[Line]) -> list[str]:
     ):
         if table := make(good):
             found.append(f"### {title}\n\n{table}")
-    last = {(x["what"], x["shape"], x["who"], x.get("times"), x.get("rows")): x for x in lines if "who" in x}
-    found += [f"failed: {x['shape']} {x['who']}: {x['failed'][-300:]}" for x in last.values() if "failed" in x]
+    last = {tuple(x.get(name) for name in ("what", "shape", "who", "times", "rows")): x for x in lines}
+    failed = [x for x in last.values() if "failed" in x]
+    found += [f"failed: {x['shape']} {x.get('who', x['what'])}: {x['failed'][-300:]}" for x in failed]
     return found
 
 
@@ -185,13 +186,16 @@ def demo(lines: Sequence[Line]) -> str:
     found = [x for x in lines if x["what"] == "demo cell"]
     if not found:
         return ""
-    x, rows = found[-1], []
-    for title, key, ratio in (
+    x = found[-1]
+    kinds = (
         ("training, real tokens/s", "tokens_per_second", "ratio tokens_per_second"),
         ("answers/s", "answers_per_second", "ratio answers_per_second"),
         ("the whole cell, s, from these rates", "cell_seconds", "ratio cell"),
-    ):
-        rows.append((title, f"{x[f'trainer {key}']:.0f}", f"{x[f'ours {key}']:.0f}", f"{x[ratio]:.1f}"))
+    )
+    rows = [
+        (title, *(f"{x[f'{who} {key}']:.0f}" for who in ("trainer", "ours")), f"{x[ratio]:.1f}")
+        for title, key, ratio in kinds
+    ]
     return table("|`Trainer`|this project|ratio", rows, words=1)
 
 

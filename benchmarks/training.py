@@ -61,11 +61,11 @@ def _without_plans(peer: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def inside(shape: str, who: str, seconds: float, times: float) -> dict[str, Any]:
     """One contender, in this process."""
     from benchmarks.meter import Meter
-    from benchmarks.peers import GROUPED
+    from benchmarks.peers import cycle
     from benchmarks.rows import rows
     from benchmarks.shapes import vocab_size
 
-    meter = Meter(seconds, cycle=GROUPED if who.startswith("trl-tuned") else 1)
+    meter = Meter(seconds, cycle=cycle(who))
     contenders()[who](shape, meter, rows(ROWS, vocab_size=vocab_size(shape), times=times))
     return meter.result()
 

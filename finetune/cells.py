@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import confidential, runs
-from finetune.config import differences, problems
+from finetune.config import differences, near, problems
 from finetune.schema import Config
 
 _packed = Path(__file__).parent / "conf"  # in a wheel
@@ -168,20 +167,15 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         known = ", ".join(error.options)
-        return f"{group}={choice}: there is no such file{_near(choice, error.options)} (there are {known})"
+        return f"{group}={choice}: there is no such file{near(choice, error.options)} (there are {known})"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: is no key=value; a value with commas has no spaces, or quotation marks around it"
     if lines and lines[0].startswith("Could not override '"):
         key = lines[0].split("'")[1]
-        return f"{key}: no such key{_elsewhere(key) or _near(key.rpartition('.')[2], _keys(key))}"
+        return f"{key}: no such key{_elsewhere(key) or near(key.rpartition('.')[2], _keys(key))}"
     if error.__cause__ is not None:
         lines += [line for line in str(error.__cause__).splitlines()[:1] if line not in lines]
     return "; ".join(lines)
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _elsewhere(key: str) -> str:

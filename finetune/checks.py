@@ -59,14 +59,10 @@ def examine(
 def weights(probe: Probe, subject: Subject, base: State, start: State, end: State) -> Finding:
     """Only the method's weights receive gradients and changed; the base's did not."""
     trained = {key for key, weight in end.weights.items() if weight.parameter.requires_grad}
-    names = {
-        weight.name: weight for weight in start.weights.values()
-    }  # PEFT makes some of 4-bit weights anew, as they are
-    moved = {
-        key
-        for key, weight in end.weights.items()
-        if _moved(weight.checksum, start.weights.get(key) or names.get(weight.name))
-    }
+    names = {weight.name: weight for weight in start.weights.values()}
+    # PEFT makes some of 4-bit weights anew, as they are: those are known by name.
+    before = {key: start.weights.get(key) or names.get(weight.name) for key, weight in end.weights.items()}
+    moved = {key for key, weight in end.weights.items() if _moved(weight.checksum, before[key])}
     own = base.weights
     changed = {key for key, weight in own.items() if checksum(weight.parameter) != weight.checksum}
     grown = reached(probe, subject.model) if trained else set()

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from finetune import runs
 from finetune.backend import unable
 from finetune.schema import Config
 
-DATA_FILES = ("path", "valid_path")  # keys of task.source
-NOT_SCIENCE = ("launch", "wandb", "study", "data_dir")  # may differ between two commands that mean the same run
+# May differ between two commands that mean the same run; recomputed activations are the same.
+NOT_SCIENCE = ("launch", "wandb", "study", "data_dir", "model.checkpoint_activations")
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:
@@ -67,20 +68,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, moved: bool =
     A key that is null is as one that is not there, which an earlier version did not know. Of a data file its name
     counts (its content is compared where the data are read), unless it may not be `moved`.
     """
-    before, after = (dict(_leaves(_science(config, moved=moved))) for config in (old, new))
+    before, after = (_science(config, moved=moved) for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
 
-def _science(config: Mapping[str, Any], *, moved: bool = True) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
-    if isinstance(kept.get("model"), Mapping):  # recomputed activations are the same
-        kept["model"] = {key: value for key, value in kept["model"].items() if key != "checkpoint_activations"}
-    task = kept.get("task")
-    if not moved or not isinstance(task, Mapping) or not isinstance(task.get("source"), Mapping):
-        return kept
-    files = {key: Path(value).name for key, value in task["source"].items() if key in DATA_FILES and value}
-    return {**kept, "task": {**task, "source": {**task["source"], **files}}}
+def _science(config: Mapping[str, Any], *, moved: bool) -> dict[str, Any]:
+    """By dotted key."""
+    others = tuple(f"{key}." for key in NOT_SCIENCE)
+    kept = {key: value for key, value in _leaves(config) if not f"{key}.".startswith(others)}
+    return kept | {key: Path(kept[key]).name for key in runs.DATA_FILES if moved and kept.get(key)}
 
 
 def _across(config: Config) -> Iterator[str]:
@@ -109,14 +106,19 @@ def _line(detail: Any, config: Mapping[str, Any]) -> str:
     value = json.dumps(detail["input"], ensure_ascii=False, default=str)[:80]
     if detail["type"] == "extra_forbidden":
         known = _names(place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"
-        return f"{'.'.join(place)}: no such key; {hint}"
+        hint = near(place[-1], known) or f"; known are {', '.join(known) or 'none'}"
+        return f"{'.'.join(place)}: no such key{hint}"
     if detail["type"] == "missing":
         return f"{'.'.join(place)}: missing"
     keys = [part for part in place if part.isidentifier() or part.isdigit()]
     message = detail["msg"].removeprefix("Value error, ").replace("Input s", "s")
     return f"{'.'.join(keys)}={value}: {message}"
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """`; did you mean lora?`, or nothing when no known word is close."""
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _names(place: list[str]) -> list[str]:

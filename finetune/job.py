@@ -27,10 +27,8 @@ from finetune.shelf import Shelf
 
 log = logging.getLogger("finetune")
 
-KEPT = (
-    "batch_tokens",
-    "checkpoint_activations",
-)  # of environment.json: what a run that is gone on with must not decide again
+# Of environment.json: what a run that is gone on with must not decide again.
+KEPT = ("batch_tokens", "checkpoint_activations")
 
 
 @dataclass(frozen=True)

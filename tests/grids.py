@@ -155,12 +155,13 @@ def descendants(process):
 def still_running(processes, *, seconds=5):
     """Those that do not end by then; one that has ended and waits for init to notice it has."""
     end = time.monotonic() + seconds
-    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:
+    while (left := [process for process in processes if alive(process)]) and time.monotonic() < end:
         time.sleep(0.1)
     return left
 
 
-def _runs(process):
+def alive(process):
+    """Does it run? One that has ended and waits for init does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

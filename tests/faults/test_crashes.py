@@ -1,15 +1,13 @@
 """Cells that die, each in its own way, among cells that do not."""
 
-import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
-from grids import ROOT, SMALL, descendants, failure, folders, processes_in, started, wait_for, wait_for_file
+from grids import ROOT, SMALL, alive, descendants, failure, folders, processes_in, started, wait_for, wait_for_file
 from report_runs import write_base
 
 from finetune.ranks import cause
@@ -56,12 +54,6 @@ def test_however_cells_die_the_others_finish(command, tmp_path, fault, launch):
     page = (tmp_path / "multirun" / "main" / "report.md").read_text()
     assert all(message in page for _, _, message in KINDS.values() if "?" not in message)
     assert page.count("failed") >= 6
-
-
-def alive(process):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 @pytest.mark.faults
