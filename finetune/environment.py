@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "hydra-core", "jieba", "wandb")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "hydra-core",
+    "jieba",
+    "wandb",
+    "flash-attn-4",
+)
 GIB = 2**30
 
 

@@ -107,7 +107,8 @@ class Gradients:
         graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
         try:
             embeddings = self.base.get_input_embeddings()
-            with packing(self.base), compiled(layers, embeddings) if how == "compiled" else contextlib.nullcontext():
+            full = how == "compiled"
+            with packing(self.base, flash=full), compiled(layers, embeddings) if full else contextlib.nullcontext():
                 graphs.capture()
         except RuntimeError as error:
             if asked != "auto" or graphs.recording or not out_of_memory(error):

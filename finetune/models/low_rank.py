@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from finetune.models.beside import Beside
+
 Saved = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # x, x A^T (tokens, rank), W, A, B
 
 
@@ -31,33 +33,52 @@ def low_rank(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(..., out), and x A^T (tokens, rank)."""
-    found, inner = _sum(x.reshape(-1, x.shape[-1]), None if weight is None else weight.t(), a.t(), b.t(), bias)
-    return found.view(*x.shape[:-1], len(b)), inner
+    rows, m = x.reshape(-1, x.shape[-1]), None if weight is None else weight.t()
+    inner, wide = _inner(rows, m, a.t(), len(b), bias)
+    return _sum(rows, m, b.t(), inner, wide, bias).view(*x.shape[:-1], len(b)), inner
 
 
 def _backward(gradient: Tensor, saved: Saved, *, onwards: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x, if it goes `onwards`, of A and of B."""
+    """Gradients of x, if it goes `onwards`, of A and of B, which alone fill no GPU."""
     x, inner, weight, a, b = saved
     rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(b))
-    found, g = _sum(gradient, weight, b, a) if onwards else (None, gradient @ b)
-    return None if found is None else found.view_as(x), g.t() @ rows, gradient.t() @ inner
+    beside = Beside(gradient.device)
+    for_b = beside(lambda: gradient.t() @ inner)
+    g, wide = _inner(gradient, weight if onwards else None, b, x.shape[-1])
+    for_a = beside(lambda: g.t() @ rows)
+    for_x = _sum(gradient, weight, a, g, wide).view_as(x) if onwards else None
+    beside.join()
+    return for_x, for_a, for_b
 
 
-def _sum(rows: Tensor, m: Tensor | None, d: Tensor, u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(tokens, out), `rows` M + (`rows` D) U + bias, and `rows` D (tokens, rank); M may have room, see `low_rank`."""
-    (width, rank), outs = d.shape, u.shape[1]
-    if m is not None and m.shape[1] > outs and bias is None:  # [M D]
-        both = rows @ m[:, : outs + rank]
-        inner = both[:, outs:].contiguous()
-        return torch.addmm(both[:, :outs], inner, u), inner
-    inner = rows @ d
+def _inner(
+    rows: Tensor, m: Tensor | None, d: Tensor, outs: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`rows` D (tokens, rank); with it `rows` M (tokens, out) where M's columns are followed by D's, see `low_rank`."""
+    if m is None or not _wide(m.shape[1], outs, bias):
+        return rows @ d, None
+    both = rows @ m[:, : outs + d.shape[1]]
+    return both[:, outs:].contiguous(), both[:, :outs]
+
+
+def _sum(
+    rows: Tensor, m: Tensor | None, u: Tensor, inner: Tensor, wide: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """(tokens, out), `rows` M + `inner` U + bias; M's rows may be followed by U's, see `low_rank`."""
     if m is None:
-        return inner @ u, inner
-    if len(m) > width:  # [M; U]
-        rows, m = torch.cat([rows, inner], 1), m[: width + rank]
-        return rows @ m if bias is None else torch.addmm(bias, rows, m), inner
-    m = m[:, :outs]
-    return (rows @ m if bias is None else torch.addmm(bias, rows, m)).addmm_(inner, u), inner
+        return inner @ u
+    if wide is not None:
+        return wide.addmm_(inner, u)
+    if len(m) > rows.shape[1]:  # [M; U]
+        rows, m = torch.cat([rows, inner], 1), m[: rows.shape[1] + len(u)]
+        return rows @ m if bias is None else torch.addmm(bias, rows, m)
+    m = m[:, : u.shape[1]]
+    return (rows @ m if bias is None else torch.addmm(bias, rows, m)).addmm_(inner, u)
+
+
+def _wide(columns: int, outs: int, bias: Tensor | None = None) -> bool:
+    """Does one product with all columns give both?"""
+    return columns > outs and bias is None
 
 
 class _LowRank(Function):
@@ -77,8 +98,9 @@ class _LowRank(Function):
 
 
 # A compiled layer calls these as they are: of a product that is added to another, a compiler makes copy and product.
+# The compiler's cache on disk knows them by name: with other strides of what they return they need other names.
 _product = torch.library.custom_op(
-    "finetune::low_rank",
+    "finetune::linear_low_rank",
     _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? w, Tensor? bias, Tensor a, Tensor b) -> (Tensor, Tensor)",
@@ -86,7 +108,7 @@ _product = torch.library.custom_op(
 
 
 @torch.library.custom_op(
-    "finetune::low_rank_backward",
+    "finetune::linear_low_rank_backward",
     mutates_args=(),
     schema="(Tensor y, Tensor x, Tensor xa, Tensor? w, Tensor a, Tensor b, bool onwards) -> (Tensor, Tensor, Tensor)",
 )
@@ -98,14 +120,22 @@ def _gradients(gradient: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_product.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, a, b = rest
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(prod(x.shape[:-1]), a.shape[0])
+    weight, bias, a, b = rest
+    room = len(a) if weight is not None and _wide(len(weight), len(b), bias) else 0
+    return _like(x, len(b), room=room), x.new_empty(prod(x.shape[:-1]), len(a))
 
 
 @_gradients.register_fake
 def _(gradient: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, a, b, onwards = rest
-    return x.new_empty(x.shape if onwards else 0), torch.empty_like(a), torch.empty_like(b)
+    _, weight, a, b, onwards = rest
+    room = len(a) if weight is not None and _wide(weight.shape[1], x.shape[-1]) else 0
+    found = _like(x, x.shape[-1], room=room) if onwards else x.new_empty(0)
+    return found, torch.empty_like(a), torch.empty_like(b)
+
+
+def _like(x: Tensor, outs: int, *, room: int) -> Tensor:
+    """(..., outs) with x's first sizes, and that much room between its rows."""
+    return x.new_empty(prod(x.shape[:-1]), outs + room)[:, :outs].view(*x.shape[:-1], outs)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

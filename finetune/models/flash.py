@@ -1,0 +1,90 @@
+"""Causal attention by row bounds of the package flash-attn-4, which takes about half of the time of torch's own.
+
+Its kernels are compiled when they are called first, for some 15 s; they are kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.models.sources import cache_folder
+
+
+def flash_rows(  # noqa: PLR0913
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, key_bounds: Tensor, longest: int, most_keys: int, scale: float
+) -> Tensor:
+    """(tokens, heads, size) of q and, perhaps with fewer heads, of k and v; a row's last query sees its last key.
+
+    Raises ImportError where the package is missing; an older flash-attn of the same name has no such part.
+    """
+    found: Tensor = _rows(q, k, v, bounds, key_bounds, longest, most_keys, scale)[0]
+    return found
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    """The package's attention and its gradients; the second has no public name, torch calls it by this one too."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash-attn-4"))
+    from flash_attn.cute.interface import _flash_attn_bwd, flash_attn_varlen_func
+
+    return flash_attn_varlen_func, _flash_attn_bwd
+
+
+def _options(bounds: Tensor, key_bounds: Tensor, longest: int, most_keys: int, scale: float) -> dict[str, Any]:
+    rows = {"cu_seqlens_q": bounds, "cu_seqlens_k": key_bounds, "max_seqlen_q": longest, "max_seqlen_k": most_keys}
+    return {**rows, "softmax_scale": scale, "causal": True}
+
+
+@torch.library.custom_op(
+    "finetune::flash_rows",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor qb, Tensor kb, int mq, int mk, float scale) -> (Tensor, Tensor)",
+)
+def _rows(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    found, exponents, *_ = _kernels()[0](*_whole(q, k, v), **_options(*rest), return_lse=True)
+    return found, exponents
+
+
+@torch.library.custom_op(
+    "finetune::flash_rows_backward",
+    mutates_args=(),
+    schema="(Tensor y, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor qb, Tensor kb, int mq, int mk, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+)
+def _gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, exponents, *bounds = rest
+    q, k, v, gradient = _whole(q, k, v, gradient)
+    dq, dk, dv, *_ = _kernels()[1](q, k, v, out, gradient, exponents, **_options(*bounds))
+    return dq, dk, dv
+
+
+def _whole(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+@_rows.register_fake
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@_gradients.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bounds, key_bounds, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, key_bounds)
+
+
+def _back(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+
+
+_rows.register_autograd(_back, setup_context=_keep)
