@@ -3,7 +3,8 @@
     python -m benchmarks.kernels --shapes 0.5B,1.5B,7B --rows 8,64
 
 A step of benchmarks.training's `compiled` contenders, traced by torch's profiler after the warm-up; one JSON line each.
-A gap is time in which no kernel runs; tracing itself makes steps longer, so the untraced step stands beside them.
+A gap is time in which no kernel runs. Tracing itself adds gaps, and steps have more or fewer tokens, so the untraced
+steps before stand beside them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Tracing(Meter):
     def __init__(self) -> None:
         super().__init__(0, cycle=STEADY)
         self.kernels: list[Kernel] = []
-        self.traced = 0
+        self.traced = self.tokens_traced = 0
         self.seconds_traced = 0.0  # of all traced steps
         self.trace: Any = None
 
@@ -53,6 +54,7 @@ class Tracing(Meter):
                 self.began_tracing = now()
             return False
         self.traced += 1
+        self.tokens_traced += num_tokens
         if self.traced < TRACED:
             return False
         self.seconds_traced = now() - self.began_tracing
@@ -71,8 +73,9 @@ def inside(shape: str, batch_rows: int) -> dict[str, Any]:
 
     meter = Tracing()
     ours(shape, meter, rows(ROWS, vocab_size=vocab_size(shape)), method="lora", step="compiled", batch_rows=batch_rows)
-    step_ms, traced_ms = 1000 / meter.result()["steps_per_second"], 1000 * meter.seconds_traced / TRACED
-    return {"step_ms": step_ms, "traced_ms": traced_ms, **kinds(meter.kernels)}
+    untraced = {"step_ms": 1000 / meter.result()["steps_per_second"], "step_tokens": meter.tokens / STEADY}
+    traced = {"traced_ms": 1000 * meter.seconds_traced / TRACED, "traced_tokens": meter.tokens_traced / TRACED}
+    return {**untraced, **traced, **kinds(meter.kernels)}
 
 
 def kinds(kernels: Sequence[Kernel], *, steps: int = TRACED) -> dict[str, Any]:

@@ -149,11 +149,14 @@ def kernels(lines: Sequence[Line]) -> str:
     found = {(x["shape"], x["rows"]): x for x in lines if x["what"] == "kernels"}
     names = list(dict.fromkeys(name for x in found.values() for name in x["ms"]))
     rows = [
-        (shape, f"{count}", f"{x['step_ms']:.1f}", f"{x['traced_ms']:.1f}", f"{x['gaps_ms']:.1f}",
+        (shape, f"{count}", f"{x['step_ms']:.1f}", f"{x['step_tokens']:.0f}", f"{x['traced_ms']:.1f}",
+         f"{x['traced_tokens']:.0f}", f"{x['gaps_ms']:.1f}",
          *(f"{x['ms'][name]:.1f} in {x['kernels'][name]:.0f}" if name in x["ms"] else "" for name in names))
         for (shape, count), x in found.items()
     ]  # fmt: skip
-    return table("|".join(["shape", "rows", "step ms", "traced ms", "gaps ms", *names]), rows, words=1)
+    return table(
+        "|".join(["shape", "rows", "step ms", "tokens", "traced ms", "tokens", "gaps ms", *names]), rows, words=1
+    )
 
 
 def decoding(lines: Sequence[Line]) -> str:
