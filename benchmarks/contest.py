@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "flash-attn-4")
 SURROUNDINGS = ("hardware", "versions", "date", "command")  # of a line
 ROOT = Path(__file__).parent.parent
 

@@ -1,6 +1,6 @@
 """Causal attention by row bounds of the package flash-attn-4, which takes about half of the time of torch's own.
 
-Its kernels are compiled when they are called first, for some 15 s; they are kept in the cache folder.
+Its kernels are compiled when they are called first, for some 6 s a size of heads, and kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def flash_rows(  # noqa: PLR0913
 ) -> Tensor:
     """(tokens, heads, size) of q and, perhaps with fewer heads, of k and v; a row's last query sees its last key.
 
-    Raises ImportError where the package is missing; an older flash-attn of the same name has no such part.
+    Raises ModuleNotFoundError where the package is missing; an older flash-attn of the same name has no such part.
     """
     found: Tensor = _rows(q, k, v, bounds, key_bounds, longest, most_keys, scale)[0]
     return found
