@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from finetune.graphs import Graphs, Shapes, Size, compiled, way
 from finetune.memory import free, out_of_memory, too_much
 from finetune.methods.blocks import blocks
 from finetune.methods.method import Method
-from finetune.models.attention import packing
+from finetune.models.attention import NAME, packing
+from finetune.models.fastest import fastest
 from finetune.noise import noisy
 from finetune.resume import Line
 
@@ -106,9 +107,7 @@ class Gradients:
         began = time.perf_counter()
         graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
         try:
-            embeddings = self.base.get_input_embeddings()
-            full = how == "compiled"
-            with packing(self.base, flash=full), compiled(layers, embeddings) if full else contextlib.nullcontext():
+            with self._as_recorded(how, shapes, layers) as attention:
                 graphs.capture()
         except RuntimeError as error:
             if asked != "auto" or graphs.recording or not out_of_memory(error):
@@ -117,12 +116,26 @@ class Gradients:
                 ) from error
             log.warning("no memory to record steps, so they are eager, which may have smaller batches: %s", error)
         else:
-            log.info("%d CUDA graphs (%s) in %.1f s", len(shapes.rooms), how, time.perf_counter() - began)
+            words = "%d CUDA graphs (%s, %s attention) in %.1f s"
+            log.info(words, len(shapes.rooms), how, attention, time.perf_counter() - began)
             return replace(self, graphs=graphs)
         graphs.abandon()
         del graphs
         free()
         return self
+
+    @contextlib.contextmanager
+    def _as_recorded(self, how: str, shapes: Shapes, layers: nn.ModuleList) -> Iterator[str]:
+        """Within, the base attends by rows, and if `how` says so is compiled; yields the attention's name."""
+        if how != "compiled":
+            with packing(self.base):
+                yield NAME
+            return
+        # So long a run also earns back an attention that is compiled.
+        rows = [room.rows for room in shapes.rooms.values()]
+        attention = fastest(self.base, longest=shapes.longest, rows=rows)
+        with packing(self.base, attention), compiled(layers, self.base.get_input_embeddings()):
+            yield attention
 
     def _added(self, rows: Sequence[int]) -> tuple[Tensor, int]:
         count = sum(len(supervised(self.examples[row], loss_on=self.feeder.loss_on)) for row in rows)

@@ -1,5 +1,6 @@
 """Causal attention by row bounds of the package flash-attn-4, which takes about half of the time of torch's own.
 
+Tensors of rows are (tokens, heads, size) and contiguous; keys and values may have fewer heads. Bounds are (rows + 1).
 Its kernels are compiled when they are called first, for some 6 s a size of heads, and kept in the cache folder.
 """
 
@@ -10,20 +11,27 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from finetune.models.sources import cache_folder
 
+NAME = "packed-fa4"  # one with "flash" in it is transformers' own, with rules for masks
 
-def flash_rows(  # noqa: PLR0913
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, key_bounds: Tensor, longest: int, most_keys: int, scale: float
-) -> Tensor:
-    """(tokens, heads, size) of q and, perhaps with fewer heads, of k and v; a row's last query sees its last key.
+
+def flash_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As `packed_attention` (finetune.models.attention).
 
     Raises ModuleNotFoundError where the package is missing; an older flash-attn of the same name has no such part.
     """
-    found: Tensor = _rows(q, k, v, bounds, key_bounds, longest, most_keys, scale)[0]
-    return found
+    # Outside of the operator, where a compiler makes one copy of it, for the gradients too.
+    q, k, v = [x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value)]
+    bounds = [options[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    found: Tensor = _rows(q, k, v, *bounds, scale)[0]
+    return found[None], None
 
 
 @functools.cache
@@ -47,7 +55,7 @@ def _options(bounds: Tensor, key_bounds: Tensor, longest: int, most_keys: int, s
     schema="(Tensor q, Tensor k, Tensor v, Tensor qb, Tensor kb, int mq, int mk, float scale) -> (Tensor, Tensor)",
 )
 def _rows(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    found, exponents, *_ = _kernels()[0](*_whole(q, k, v), **_options(*rest), return_lse=True)
+    found, exponents, *_ = _kernels()[0](q, k, v, **_options(*rest), return_lse=True)
     return found, exponents
 
 
@@ -59,13 +67,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 )
 def _gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, exponents, *bounds = rest
-    q, k, v, gradient = _whole(q, k, v, gradient)
     dq, dk, dv, *_ = _kernels()[1](q, k, v, out, gradient, exponents, **_options(*bounds))
     return dq, dk, dv
-
-
-def _whole(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 @_rows.register_fake
@@ -84,7 +87,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _back(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+    return *_gradients(gradient.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
 
 
 _rows.register_autograd(_back, setup_context=_keep)
+AttentionInterface.register(NAME, flash_attention)

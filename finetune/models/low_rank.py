@@ -34,8 +34,8 @@ def low_rank(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(..., out), and x A^T (tokens, rank)."""
     rows, m = x.reshape(-1, x.shape[-1]), None if weight is None else weight.t()
-    inner, wide = _inner(rows, m, a.t(), len(b), bias)
-    return _sum(rows, m, b.t(), inner, wide, bias).view(*x.shape[:-1], len(b)), inner
+    inner, wide = _inner(rows, m, a.t(), outs=len(b), bias=bias)
+    return _sum(rows, m, b.t(), inner=inner, wide=wide, bias=bias).view(*x.shape[:-1], len(b)), inner
 
 
 def _backward(gradient: Tensor, saved: Saved, *, onwards: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -44,25 +44,25 @@ def _backward(gradient: Tensor, saved: Saved, *, onwards: bool) -> tuple[Tensor 
     rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(b))
     beside = Beside(gradient.device)
     for_b = beside(lambda: gradient.t() @ inner)
-    g, wide = _inner(gradient, weight if onwards else None, b, x.shape[-1])
+    g, wide = _inner(gradient, weight if onwards else None, b, outs=x.shape[-1])
     for_a = beside(lambda: g.t() @ rows)
-    for_x = _sum(gradient, weight, a, g, wide).view_as(x) if onwards else None
+    for_x = _sum(gradient, weight, a, inner=g, wide=wide).view_as(x) if onwards else None
     beside.join()
     return for_x, for_a, for_b
 
 
 def _inner(
-    rows: Tensor, m: Tensor | None, d: Tensor, outs: int, bias: Tensor | None = None
+    rows: Tensor, m: Tensor | None, d: Tensor, *, outs: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`rows` D (tokens, rank); with it `rows` M (tokens, out) where M's columns are followed by D's, see `low_rank`."""
     if m is None or not _wide(m.shape[1], outs, bias):
         return rows @ d, None
     both = rows @ m[:, : outs + d.shape[1]]
-    return both[:, outs:].contiguous(), both[:, :outs]
+    return both[:, outs:].clone(memory_format=torch.contiguous_format), both[:, :outs]  # an operator's own, each
 
 
 def _sum(
-    rows: Tensor, m: Tensor | None, u: Tensor, inner: Tensor, wide: Tensor | None, bias: Tensor | None = None
+    rows: Tensor, m: Tensor | None, u: Tensor, *, inner: Tensor, wide: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
     """(tokens, out), `rows` M + `inner` U + bias; M's rows may be followed by U's, see `low_rank`."""
     if m is None:

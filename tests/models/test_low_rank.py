@@ -9,7 +9,7 @@ from finetune.models.low_rank import low_rank
 RANK, ROOM = 8, 64
 
 
-def layer(outs, ins, room, bias):
+def layer(outs, ins, room, bias, *, tokens=(2, 5)):
     torch.manual_seed(0)
     full = torch.randn(outs + ROOM * (room == "rows"), ins + ROOM * (room == "columns"), dtype=torch.float64)
     a, b = torch.randn(RANK, ins, dtype=torch.float64), torch.randn(outs, RANK, dtype=torch.float64)
@@ -17,8 +17,12 @@ def layer(outs, ins, room, bias):
         full[outs : outs + RANK] = a
     if room == "columns":
         full[:, ins : ins + RANK] = b
-    x = torch.randn(2, 5, ins, dtype=torch.float64)
+    x = torch.randn(*tokens, ins, dtype=torch.float64)
     return x, full, torch.randn(outs, dtype=torch.float64) if bias else None, a, b
+
+
+def on_gpu(tensors):
+    return [None if tensor is None else tensor.cuda() for tensor in tensors]
 
 
 CASES = [(32, 96, "rows"), (96, 32, "columns"), (48, 40, None)]
@@ -27,8 +31,9 @@ CASES = [(32, 96, "rows"), (96, 32, "columns"), (48, 40, None)]
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(("outs", "ins", "room"), CASES)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_it_is_the_sum_of_both_products(outs, ins, room, bias, compiled):
-    x, full, bias, a, b = layer(outs, ins, room, bias)
+@pytest.mark.parametrize("tokens", [(2, 5), (1, 1)], ids=["tokens", "token"])
+def test_it_is_the_sum_of_both_products(outs, ins, room, bias, compiled, tokens):
+    x, full, bias, a, b = layer(outs, ins, room, bias, tokens=tokens)
     asked = [each.requires_grad_() for each in (x, a, b)]
     expected = x @ full[:outs, :ins].t() + (x @ a.t()) @ b.t() + (0 if bias is None else bias)
     torch.compiler.reset()
@@ -47,3 +52,17 @@ def test_a_compiler_is_told_what_lies_where(outs, ins, room, bias):
     inner = (x @ a.t()).flatten(0, 1)
     for onwards in (False, True):
         torch.library.opcheck(written._gradients, (x @ full[:outs, :ins].t(), x, inner, full, a, b, onwards))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("onwards", [False, True], ids=["last", "onwards"])
+@pytest.mark.parametrize(("outs", "ins", "room"), CASES)
+def test_a_graph_with_a_branch_gives_the_same(outs, ins, room, onwards):
+    x, full, _, a, b = on_gpu(layer(outs, ins, room, bias=False))
+    gradient, saved = torch.randn(2, 5, outs, device="cuda", dtype=x.dtype), (x, (x @ a.t()).flatten(0, 1), full, a, b)
+    expected = written._backward(gradient, saved, onwards=onwards)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = written._backward(gradient, saved, onwards=onwards)
+    graph.replay()
+    torch.testing.assert_close(found, expected)
