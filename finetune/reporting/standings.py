@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 from finetune.reporting.compare import Comparison, Interval, Pair, Standing, transfer
 from finetune.reporting.tables import Entry, Table, cell_folder
 from finetune.scores.statistics import LEVEL
 
+UNKNOWN = "–"  # no such number; a column of these alone is left out
 MOST_METHODS = 12  # a wider matrix of differences is for report.html
 
 
@@ -34,7 +36,9 @@ def _standings(task: str, comparisons: Sequence[Comparison]) -> Table:
         "% of full's gain",
     )
     rows = [_standing(comparison, standing) for comparison in comparisons for standing in comparison.standings]
-    return Table(task, "what is distinguishable", header, tuple(rows), num_names=2)
+    told = [any(row[column].text != UNKNOWN for row in rows) for column in range(len(header))]
+    shown = tuple(tuple(compress(row, told)) for row in rows)
+    return Table(task, "what is distinguishable", tuple(compress(header, told)), shown, num_names=2)
 
 
 def _standing(comparison: Comparison, standing: Standing) -> tuple[Entry, ...]:
@@ -46,9 +50,9 @@ def _standing(comparison: Comparison, standing: Standing) -> tuple[Entry, ...]:
         Entry(f"{standing.mean:.2f}", folder, best=standing.place == "best"),
         Entry(_between(standing.interval)),
         Entry(standing.place),
-        Entry("–" if standing.delta is None else f"{standing.delta:+.2f}"),
-        Entry("–" if standing.delta_interval is None else _between(standing.delta_interval)),
-        Entry("–" if standing.share is None else f"{standing.share:.0f}"),
+        Entry(UNKNOWN if standing.delta is None else f"{standing.delta:+.2f}"),
+        Entry(UNKNOWN if standing.delta_interval is None else _between(standing.delta_interval)),
+        Entry(UNKNOWN if standing.share is None else f"{standing.share:.0f}"),
     )
 
 

@@ -130,14 +130,25 @@ def test_does_the_winner_transfer(make_method, comparisons):
     assert found == ("clinic", "llama", "qwen", 4, pytest.approx(0.8))
 
 
+def test_columns_without_a_number_are_left_out(make_method, comparisons):
+    for method, level in (("lora", 60), ("prefix", 50)):
+        make_method(method, level, noise=0.1)
+    assert standing_tables(comparisons())[0].header[-1] == "place"
+    for method, level in (("none", 20), ("full", 70)):
+        make_method(method, level, noise=0.1)
+    assert standing_tables(comparisons())[0].header[-1] == "% of full's gain"
+
+
 def test_tables(make_method, comparisons):
     for method, level in (("none", 20), ("lora", 60), ("prefix", 50)):
         make_method(method, level, noise=0.1)
     standings, differences = standing_tables(comparisons())
     shown = {row[1].text: [entry.text for entry in row[2:]] for row in standings.rows}
     assert standings.header[3] == "ROUGE-L"
-    assert shown["none"][-3:] == ["–", "–", "–"]
+    assert standings.header[-2:] == ("gain over none", "95 %")  # no share of full's gain without full
+    assert shown["none"][-2:] == ["–", "–"]
     assert shown["lora"][3] == "best"
+    assert shown["lora"][-2].startswith("+")
     [row] = [row for row in differences.rows if row[0].text == "lora"]
     assert dict(zip(differences.header, [entry.text for entry in row], strict=True))["prefix"].startswith("+")
     assert row[-1].text.endswith("*")
