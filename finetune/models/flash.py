@@ -6,6 +6,7 @@ Its kernels are compiled when they are called first, for some 6 s a size of head
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -38,7 +39,9 @@ def flash_attention(
 def _kernels() -> tuple[Any, Any]:
     """The package's attention and its gradients; the second has no public name, torch calls it by this one too."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash-attn-4"))
+    with contextlib.suppress(OSError):  # without a cache folder the package keeps them where it would by itself
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash-attn-4"))
     from flash_attn.cute.interface import _flash_attn_bwd, flash_attn_varlen_func
 
     return flash_attn_varlen_func, _flash_attn_bwd

@@ -1,5 +1,6 @@
 """The package flash-attn-4: used where it is there and right, never where it is not."""
 
+import os
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
@@ -106,6 +107,18 @@ def test_it_is_used_where_it_gives_the_same(package, caplog):
     assert set(package.asked) == {(3, 70), (5, 70)}
     assert chosen(longest=2, rows=[2]) == flash.NAME
     assert package.asked[-1] == (2, 2)
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_its_kernels_are_kept_in_the_cache_folder(package, monkeypatch, tmp_path, possible):
+    folder = tmp_path / "cache"
+    if not possible:
+        folder.write_text("no folder")
+    monkeypatch.setenv("FINETUNE_CACHE", str(folder))
+    monkeypatch.delenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+    assert chosen() == flash.NAME
+    told = os.environ.pop("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", None)
+    assert told == (str(folder / "flash-attn-4") if possible else None)
 
 
 def test_a_missing_package_is_no_news(monkeypatch, caplog):
