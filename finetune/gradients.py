@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from finetune.graphs import Graphs, Shapes, Size, compiled, way
 from finetune.memory import free, out_of_memory, too_much
 from finetune.methods.blocks import blocks
 from finetune.methods.method import Method
-from finetune.models.attention import NAME, packing
+from finetune.models.attention import NAME, attending
 from finetune.models.fastest import fastest
 from finetune.noise import noisy
 from finetune.resume import Line
@@ -107,7 +107,9 @@ class Gradients:
         began = time.perf_counter()
         graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
         try:
-            with self._as_recorded(how, shapes, layers) as attention:
+            attention, embeddings = self._attention(how, shapes), self.base.get_input_embeddings()
+            compiling = compiled(layers, embeddings) if how == "compiled" else contextlib.nullcontext()
+            with attending(self.base, attention), compiling:
                 graphs.capture()
         except RuntimeError as error:
             if asked != "auto" or graphs.recording or not out_of_memory(error):
@@ -124,18 +126,10 @@ class Gradients:
         free()
         return self
 
-    @contextlib.contextmanager
-    def _as_recorded(self, how: str, shapes: Shapes, layers: nn.ModuleList) -> Iterator[str]:
-        """Within, the base attends by rows, and if `how` says so is compiled; yields the attention's name."""
-        if how != "compiled":
-            with packing(self.base):
-                yield NAME
-            return
-        # So long a run also earns back an attention that is compiled.
+    def _attention(self, how: str, shapes: Shapes) -> str:
+        """Its name; a run so long that its layers are compiled also earns back an attention that is."""
         rows = [room.rows for room in shapes.rooms.values()]
-        attention = fastest(self.base, longest=shapes.longest, rows=rows)
-        with packing(self.base, attention), compiled(layers, self.base.get_input_embeddings()):
-            yield attention
+        return fastest(self.base, longest=shapes.longest, rows=rows) if how == "compiled" else NAME
 
     def _added(self, rows: Sequence[int]) -> tuple[Tensor, int]:
         count = sum(len(supervised(self.examples[row], loss_on=self.feeder.loss_on)) for row in rows)

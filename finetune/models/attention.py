@@ -38,9 +38,9 @@ def attending(model: Any, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def packing(model: Any, name: str = NAME) -> contextlib.AbstractContextManager[None]:
-    """Within, the model attends by rows; `name` may be another that does (finetune.models.flash)."""
-    return attending(model, name)
+def packing(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Within, the model attends by rows."""
+    return attending(model, NAME)
 
 
 def packed_attention(

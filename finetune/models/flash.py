@@ -39,9 +39,10 @@ def flash_attention(
 def _kernels() -> tuple[Any, Any]:
     """The package's attention and its gradients; the second has no public name, torch calls it by this one too."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    folder = cache_folder()
     with contextlib.suppress(OSError):  # without a cache folder the package keeps them where it would by itself
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash-attn-4"))
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash-attn-4"))
     from flash_attn.cute.interface import _flash_attn_bwd, flash_attn_varlen_func
 
     return flash_attn_varlen_func, _flash_attn_bwd

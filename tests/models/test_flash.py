@@ -16,8 +16,8 @@ from finetune.feeder import summed_loss
 from finetune.graphs import compiled
 from finetune.methods.blocks import blocks
 from finetune.models import attention, fastest, flash
+from finetune.models.attention import attending
 from finetune.models.attention import causal as causal_mask
-from finetune.models.attention import packing
 
 
 class Package(ModuleType):
@@ -168,7 +168,7 @@ def test_it_is_for_new_gpus(monkeypatch):
 
 def loss_and_gradients(architecture, name, examples):
     model = tiny_base(architecture)
-    with packing(model, name):
+    with attending(model, name):
         loss = summed_loss(model, pack(examples))
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters()}
@@ -190,7 +190,7 @@ def test_a_compiled_base_that_attends_by_it_gives_the_same(package, examples, mo
     torch.compiler.reset()
     loss, gradients = loss_and_gradients("qwen2", attention.NAME, examples)
     model = tiny_base("qwen2")
-    with packing(model, flash.NAME), compiled(blocks(model), model.get_input_embeddings()):
+    with attending(model, flash.NAME), compiled(blocks(model), model.get_input_embeddings()):
         again = summed_loss(model, pack(examples))
     again.backward()
     assert again.item() == pytest.approx(loss, rel=1e-6)
