@@ -92,15 +92,17 @@ class Gradients:
 
     def recorded(self, steps: Sequence[Sequence[int]], weights: Sequence[nn.Parameter], *, asked: str) -> Gradients:
         """With the packs of all `steps` as graphs, where the device has them and the run earns them back."""
-        if not self._replayable():
+        if why := self._unrecordable():
             if asked in ("graph", "compiled"):
-                log.warning("launch.step=%s is not for this method, device, precision or base: eager steps", asked)
+                log.warning("launch.step=%s: eager steps, as %s", asked, why)
             return self
         parts = [part for rows in steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
         layers = blocks(self._network())
         how = way(asked, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
         if how == "compiled" and "compiled" not in self.method.replayable:
+            if asked == how:
+                log.warning("launch.step=compiled: graphs of layers as they are, as this method's are not compiled")
             how = "graph"
         if how == "eager":
             return self
@@ -164,12 +166,21 @@ class Gradients:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             return summed_loss(self.base, batch)
 
-    def _replayable(self) -> bool:
-        """Can steps be recorded? float32 has no attention by row bounds, float16's loss is scaled, noise is a hook."""
-        able = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
-        able &= self.feeder.packed and "graph" in self.method.replayable and not self.optim.get("neftune_alpha")
-        able &= not getattr(self._network(), "is_loaded_in_8bit", False)  # looks for outliers, which the host must see
-        return able and self.accelerator.num_processes == 1
+    def _unrecordable(self) -> str:
+        """Why steps cannot be recorded; empty if they can.
+
+        float32 has no attention by row bounds, float16's loss is scaled, and noise is drawn in a hook.
+        """
+        found = {
+            "there is no GPU": self.accelerator.device.type != "cuda",
+            "the precision is not bfloat16": self.accelerator.mixed_precision != "bf16",
+            "several processes share a step": self.accelerator.num_processes > 1,
+            "rows are padded": not self.feeder.packed,
+            "this method's are not recorded": "graph" not in self.method.replayable,
+            "optim.neftune_alpha draws noise": bool(self.optim.get("neftune_alpha")),
+            "int8 looks for outliers, which the host must see": getattr(self._network(), "is_loaded_in_8bit", False),
+        }
+        return next((why for why, holds in found.items() if holds), "")
 
     def _network(self) -> Any:
         """The model of transformers."""

@@ -7,6 +7,7 @@ therefore filled up to a few sizes known from the plan, and what runs on each is
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,6 +131,12 @@ def _recomputable() -> contextlib.AbstractContextManager[None]:
     return torch._dynamo.config.patch({name: True}) if known else contextlib.nullcontext()
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a process: cuBLAS keeps 32 MiB for every stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
 class Graphs:
     """Adds a pack's gradients to the weights' `.grad` and returns its summed loss, by replaying a graph."""
 
@@ -147,7 +154,7 @@ class Graphs:
         self.loss = loss
         self.weights = weights
         self.scale = torch.ones((), device=device)
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _stream(device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         self.drawn = torch.cuda.get_rng_state(device)
         self.recording = False  # has it begun? After a recording that was cut off nothing of CUDA can be relied on

@@ -22,8 +22,8 @@ log = logging.getLogger("finetune")
 def fastest(model: Any, *, longest: int, rows: Collection[int]) -> str:
     """Name of the attention for packs of so many rows, of at most `longest` tokens.
 
-    That is flash-attn-4 where it is installed, the GPU is of its kind, it need not give the same bits each time, and
-    random rows have the outputs and gradients that torch's attention gives them; else a warning says why not.
+    That is flash-attn-4 where it is installed, the GPU is of its kind, and it need not give the same bits each time. If
+    it then fails, or gives random rows other outputs or gradients than torch's attention, a warning says so.
     """
     device, config = next(model.parameters()).device, model.config.get_text_config()
     heads = config.num_attention_heads

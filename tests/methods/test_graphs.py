@@ -1,6 +1,8 @@
 """Filled packs give what packs give; on a GPU, replayed graphs give what eager steps give."""
 
+from dataclasses import replace
 from functools import partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from finetune.data.batches import pack, plan, supervised
 from finetune.feeder import Feeder, summed_loss
+from finetune.gradients import Gradients
 from finetune.graphs import IGNORED, Graphs, Shapes, Size, compiled, way
 from finetune.loop import Loop
 from finetune.methods.blocks import blocks
@@ -49,6 +52,63 @@ def test_a_filled_pack_has_the_same_loss_and_gradients(method, architecture, exa
     assert again == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def recordable(**changes):
+    """What `recorded` asks of a run before it looks at its packs, as on a GPU where all is well."""
+    found = {"device": "cuda", "precision": "bf16", "processes": 1, "packed": True, "ways": {"graph", "compiled"}}
+    found |= {"alpha": None, "int8": False, **changes}
+    accelerator = SimpleNamespace(
+        device=torch.device(found["device"]),
+        mixed_precision=found["precision"],
+        num_processes=found["processes"],
+    )
+    base = SimpleNamespace(is_loaded_in_8bit=found["int8"])
+    method, feeder = SimpleNamespace(replayable=found["ways"]), SimpleNamespace(packed=found["packed"])
+    return Gradients(base, base, method, accelerator, feeder, [], {"neftune_alpha": found["alpha"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"device": "cpu"}, "no GPU"),
+        ({"precision": "fp16"}, "not bfloat16"),
+        ({"processes": 2}, "several processes"),
+        ({"packed": False}, "padded"),
+        ({"ways": {"decode"}}, "this method's"),
+        ({"alpha": 5.0}, "neftune_alpha"),
+        ({"int8": True}, "int8"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", "compiled"])
+def test_steps_that_cannot_be_recorded_are_eager_and_say_why(change, why, asked, caplog):
+    gradients = recordable(**change)
+    assert gradients.recorded([[0]], [], asked=asked) is gradients
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (asked == "compiled")
+    assert all(text.startswith("launch.step=compiled: eager steps, as ") and why in text for text in said)
+    assert not recordable()._unrecordable()
+
+
+class NoGraphs:
+    """Says how it was asked to compute steps."""
+
+    def __init__(self, shapes, *, way, **_):
+        self.way = way
+
+    def capture(self):
+        """There is no GPU to record anything."""
+
+
+def test_layers_that_are_left_as_they_are_are_said(monkeypatch, caplog, examples):
+    monkeypatch.setattr("finetune.gradients.Graphs", NoGraphs)
+    base = tiny_base("qwen2")
+    feeder = Feeder(packed=True, pad_id=0, loss_on="target", device=torch.device("cpu"))
+    gradients = replace(recordable(ways={"graph"}), base=base, model=base, feeder=feeder, examples=examples)
+    gradients = replace(gradients, optim={"accumulation": 1})
+    for asked, said in (("graph", 0), ("compiled", 1)):
+        assert gradients.recorded([[0, 1], [2]], [], asked=asked).way == "graph"
+        assert sum("launch.step=compiled" in record.getMessage() for record in caplog.records) == said
 
 
 @pytest.mark.parametrize("architecture", PACKED)

@@ -78,6 +78,14 @@ def each_row(q, k, v, *, cu_seqlens_q, cu_seqlens_k, softmax_scale, **_):
         yield scores.masked_fill(unseen, -torch.inf), queries, keys, values, (slice(i, j), slice(m, n))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_kept():
+    """No test meets what another one's package was, or gave."""
+    yield
+    flash._kernels.cache_clear()
+    fastest._apart.cache_clear()
+
+
 @pytest.fixture
 def package(monkeypatch):
     found = Package("flash_attn.cute.interface")
@@ -92,8 +100,6 @@ def as_it_were(package, monkeypatch):
     monkeypatch.setattr(fastest, "_meant_for", lambda device: True)
     for name in ("ENABLED", "DIR"):
         monkeypatch.setenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", "")
-    flash._kernels.cache_clear()
-    fastest._apart.cache_clear()
     return package
 
 
@@ -226,5 +232,6 @@ def test_a_compiler_is_told_what_lies_where(package):
 @pytest.mark.parametrize(("longest", "rows"), [(40, 300), (200, 4), (1077, 12)])
 def test_the_package_itself_gives_what_torch_gives(heads, longest, rows):
     pytest.importorskip("flash_attn.cute")
+    assert flash._kernels()[0].__module__ == "flash_attn.cute.interface"
     for more in (0, fastest.PREFIX):
         assert fastest._apart(heads, torch.device("cuda", 0), longest=longest, rows=rows, more=more) <= fastest.NEAR
