@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def _branch(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a process, as their trunk is (finetune.graphs)."""
+    return torch.cuda.Stream(device)
 
 
 class Beside:
@@ -15,14 +21,10 @@ class Beside:
     A tensor that the branch reads must live until then, as its memory would be given to what follows.
     """
 
-    branches: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
-
     def __init__(self, device: torch.device) -> None:
         self.branch: torch.cuda.Stream | None = None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if device not in self.branches:
-                self.branches[device] = torch.cuda.Stream(device)
-            self.branch, self.trunk = self.branches[device], torch.cuda.current_stream(device)
+            self.branch, self.trunk = _branch(device), torch.cuda.current_stream(device)
 
     def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` returns, which what is recorded so far precedes."""

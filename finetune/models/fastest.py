@@ -42,7 +42,8 @@ def fastest(model: Any, *, longest: int, rows: Collection[int]) -> str:
         return attention.NAME
     if far > NEAR:
         log.warning("flash-attn-4 is installed and %.2g of a norm off, so torch's own attention is used", far)
-    return flash.NAME if far <= NEAR else attention.NAME
+        return attention.NAME
+    return flash.NAME
 
 
 def _meant_for(device: torch.device) -> bool:

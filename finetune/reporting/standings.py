@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from itertools import compress
 
 from finetune.reporting.compare import Comparison, Interval, Pair, Standing, transfer
-from finetune.reporting.tables import Entry, Table, cell_folder
+from finetune.reporting.tables import UNKNOWN, Entry, Table, cell_folder
 from finetune.scores.statistics import LEVEL
 
-UNKNOWN = "–"  # no such number; a column of these alone is left out
 MOST_METHODS = 12  # a wider matrix of differences is for report.html
 
 

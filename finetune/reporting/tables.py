@@ -14,6 +14,8 @@ from finetune.reporting.columns import COST, HEALTH, LOSS, OTHER, ROBUST, Column
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+UNKNOWN = "–"  # no such number
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -135,7 +137,7 @@ def data_tables(cells: Sequence[Cell]) -> list[Table]:
     """One table of what was counted of the data; bases and methods that read them alike share a line."""
     lines: dict[tuple[str, ...], Path] = {}
     for run in (run for cell in cells for run in cell.runs if run.notes):
-        counts = tuple(f"{run.notes[key]:.0f}" if key in run.notes else "–" for key in DATA)
+        counts = tuple(f"{run.notes[key]:.0f}" if key in run.notes else UNKNOWN for key in DATA)
         lines.setdefault((run.task, run.model, *counts), run.folder)
     rows = [
         (Entry(task), Entry(model, folder), *map(Entry, counts)) for (task, model, *counts), folder in lines.items()
@@ -178,7 +180,7 @@ def cell_folder(cell: Cell) -> Path:
 def _entry(cell: Cell, *, part: str, column: Column, best: str | None) -> Entry:
     numbers = values(cell, part=part, column=column)
     if not numbers:
-        return Entry("–")
+        return Entry(UNKNOWN)
     mean = fmean(numbers)
     text, alarm = column.write(mean), column.alarm is not None and mean > column.alarm
     spread = f" ± {column.write(stdev(numbers))}" if len(numbers) > 1 and column.source == "scores" else ""
