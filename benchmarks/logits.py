@@ -18,10 +18,10 @@ from benchmarks.contest import details, show
 from benchmarks.peers import lora
 from benchmarks.rows import rows
 from benchmarks.shapes import SHAPES, base, vocab_size
-from finetune.budget import Shape
 from finetune.data.batches import Batch, pack
 from finetune.feeder import summed_loss
 from finetune.models.attention import packing
+from finetune.models.shape import Shape
 
 LIMITS = {"2^26": 2**26, "2^27": 2**27, "2^28": 2**28, "whole": 2**62}
 TIMED = 5

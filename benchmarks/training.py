@@ -42,7 +42,8 @@ def contenders() -> dict[str, Callable[..., Any]]:
         found[way] = functools.partial(ours, method="lora", step=way, batch_rows=8)
         found |= {f"{m}-{way}": functools.partial(ours, method=m, step=way, batch_rows=8) for m in METHODS}
     for number in (4, 16, 32, 64, 128):
-        found[f"compiled-{number}"] = functools.partial(ours, method="lora", step="compiled", batch_rows=number)
+        for way in ("compiled", "graph"):
+            found[f"{way}-{number}"] = functools.partial(ours, method="lora", step=way, batch_rows=number)
     for method, who in (("lora", "eager-1"), ("qlora", "qlora-eager-1")):  # where weights, not activations, fill memory
         found[who] = functools.partial(ours, method=method, step="eager", batch_rows=1)
     for name in OPTIMIZERS:  # their states are those of full tuning

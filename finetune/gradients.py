@@ -21,6 +21,7 @@ from finetune.methods.blocks import blocks
 from finetune.methods.method import Method
 from finetune.models.attention import NAME, attending
 from finetune.models.fastest import fastest
+from finetune.models.shape import Shape
 from finetune.noise import noisy
 from finetune.resume import Line
 
@@ -39,6 +40,7 @@ class Gradients:
     examples: Sequence[Example]
     optim: Mapping[str, Any]
     graphs: Graphs | None = None
+    begun: str | None = None  # how the steps were computed that are done
 
     @property
     def way(self) -> str:
@@ -78,10 +80,13 @@ class Gradients:
             optimizer.zero_grad()
 
     def as_after(self, history: Sequence[Line]) -> Gradients:
-        """With batches as small as they became in the steps that are done."""
-        if not history or "micro_batch_tokens" not in history[-1]:
+        """As the steps that are done: by graphs or not, and with batches as small as they became."""
+        if not history:
             return self
-        return self._bounded(history[-1]["micro_batch_tokens"], halvings=history[-1]["micro_batch_halvings"])
+        last, found = history[-1], replace(self, begun=history[-1].get("way"))
+        if "micro_batch_tokens" not in last:
+            return found
+        return found._bounded(last["micro_batch_tokens"], halvings=last["micro_batch_halvings"])
 
     def limit(self) -> dict[str, int | None]:
         """What a line of steps.jsonl says of it."""
@@ -90,8 +95,13 @@ class Gradients:
             return {}
         return {"micro_batch_tokens": feeder.max_tokens, "micro_batch_halvings": feeder.halvings}
 
-    def recorded(self, steps: Sequence[Sequence[int]], weights: Sequence[nn.Parameter], *, asked: str) -> Gradients:
-        """With the packs of all `steps` as graphs, where the device has them and the run earns them back."""
+    def recorded(
+        self, steps: Sequence[Sequence[int]], weights: Sequence[nn.Parameter], *, asked: str, alike: int = 1
+    ) -> Gradients:
+        """With the packs of all `steps` as graphs, where the device has them and the run earns them back.
+
+        So many runs `alike` earn back their compiled layers together.
+        """
         if why := self._unrecordable():
             if asked in ("graph", "compiled"):
                 log.warning("launch.step=%s: eager steps, as %s", asked, why)
@@ -99,11 +109,8 @@ class Gradients:
         parts = [part for rows in steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
         layers = blocks(self._network())
-        how = way(asked, num_packs=len(parts), num_buckets=len(shapes.rooms), num_layers=len(layers))
-        if how == "compiled" and "compiled" not in self.method.replayable:
-            if asked == how:
-                log.warning("launch.step=compiled: graphs of layers as they are, as this method's are not compiled")
-            how = "graph"
+        sizes = {"num_packs": len(parts), "num_buckets": len(shapes.rooms), "num_layers": len(layers), "alike": alike}
+        how = self._how(asked, num_tokens=sum(len(e.ids) for part in parts for e in part), **sizes)
         if how == "eager":
             return self
         began = time.perf_counter()
@@ -127,6 +134,17 @@ class Gradients:
         del graphs
         free()
         return self
+
+    def _how(self, asked: str, *, num_tokens: int, **sizes: int) -> str:
+        """Eager, graph or compiled, as asked, as the steps that are done, or as takes the fewest seconds."""
+        compilable = "compiled" in self.method.replayable
+        if asked == "compiled" and not compilable:
+            log.warning("launch.step=compiled: graphs of layers as they are, as this method's are not compiled")
+            return "graph"
+        if asked != "auto":
+            return asked
+        per_token = Shape.of(self._network().config).bytes_per_token(number_bytes=2, checkpointed=False)
+        return self.begun or way(num_bytes=per_token * num_tokens, compilable=compilable, **sizes)
 
     def _attention(self, how: str, shapes: Shapes) -> str:
         """Its name; a run so long that its layers are compiled also earns back an attention that is."""

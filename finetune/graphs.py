@@ -19,9 +19,12 @@ from torch.nn.functional import pad
 from finetune.data.batches import Batch
 from finetune.models.head import IGNORED, compiled_loss
 
+# Measured on an H200, see docs/benchmarks.md.
 SECONDS_SAVED = 0.004  # of host time by a replayed layer, forward and backward
 SECONDS_CAPTURE = 0.7  # for one bucket
 SECONDS_COMPILE = 20.0  # of one kind of layer, with an empty cache
+SECONDS_CACHED = 4.0  # with its code in the cache
+BYTES_SPARED = 7e11  # of activations (finetune.models.shape) a second: how much faster compiled layers are
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,17 @@ def _bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def way(asked: str, *, num_packs: int, num_buckets: int, num_layers: int) -> str:
-    """`auto` decides for eager, graph or compiled: what takes the fewest seconds, capture and compilation included."""
-    if asked != "auto":
-        return asked
-    saved = SECONDS_SAVED * num_packs * num_layers - SECONDS_CAPTURE * num_buckets
-    return "eager" if saved < 0 else "graph" if saved < 2 * SECONDS_COMPILE else "compiled"
+def way(*, num_packs: int, num_buckets: int, num_layers: int, num_bytes: float, compilable: bool, alike: int) -> str:
+    """What takes a run the fewest seconds, capture and compilation included: eager, graph or compiled.
+
+    `num_bytes` of activations have all its packs together; one of so many runs `alike` compiles. What is in the cache
+    already is not asked: a command computes its runs in the same way whatever ran before it.
+    """
+    saved = {"eager": 0.0, "graph": SECONDS_SAVED * num_packs * num_layers - SECONDS_CAPTURE * num_buckets}
+    if compilable:
+        start = SECONDS_CACHED + (SECONDS_COMPILE - SECONDS_CACHED) / alike
+        saved["compiled"] = saved["graph"] + num_bytes / BYTES_SPARED - start
+    return max(saved, key=saved.__getitem__)
 
 
 @contextlib.contextmanager

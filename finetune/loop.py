@@ -68,6 +68,7 @@ class Loop:
     lr: float
     ids: Sequence[str] = ()  # names of the examples, for messages
     way: str = "auto"  # auto | eager | graph | compiled: see finetune.graphs
+    alike: int = 1  # see finetune.worker.Asked
 
     def run(
         self,
@@ -101,7 +102,7 @@ class Loop:
         history = keeper.resume(moving) if keeper else []
         clock, broken = Clock(history), _broken_at_the_end(history)
         gradients = Gradients(model, base, self.method, self.accelerator, self.feeder, self.examples, self.optim)
-        gradients = gradients.as_after(history).recorded(self.steps, weights, asked=self.way)
+        gradients = gradients.as_after(history).recorded(self.steps, weights, asked=self.way, alike=self.alike)
         late = gradients.graphs is not None and self._guarded(optimizer)
         waiting: _Done | None = None
 

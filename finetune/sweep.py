@@ -7,6 +7,7 @@ whose owner dies is taken over.
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections import Counter, deque
@@ -73,6 +74,7 @@ class Sweep:
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
         left = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
         self.several = len(left) > len(free)  # do cells follow one another on a device?
+        self.alike = Counter(map(_layers, todo))
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
         self.outcomes: dict[Path, str] = {}
@@ -144,7 +146,7 @@ class Sweep:
         except OSError as error:
             return _refuse(cell, str(error))
         try:
-            return _claimed(cell, slot, several=self.several)
+            return _claimed(cell, slot, several=self.several, alike=self.alike[_layers(cell)])
         except OSError as error:
             claims.release(cell.folder)
             return _refuse(cell, str(error))
@@ -175,7 +177,7 @@ class Sweep:
         self.progress.advance(cell.name, outcome, before=before)
 
 
-def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
+def _claimed(cell: Cell, slot: Slot, *, several: bool, alike: int) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
     if (outcome := runs.ended(cell.folder)) in runs.FINAL:
         claims.release(cell.folder)
@@ -190,7 +192,7 @@ def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
         launch = cell.config["launch"]
         how = process_of(launch, several=several, deterministic=cell.config["deterministic"])
         slot.base = _base(cell) if how == "stay" else None
-        return slot.start(cell.folder, launch, way=how)
+        return slot.start(cell.folder, launch, way=how, alike=alike)
     runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
     claims.release(cell.folder)
     return "unsupported"
@@ -225,6 +227,11 @@ def _shares(todo: Sequence[Cell], num_gpus: int) -> list[dict[str, str]]:
 
 def _base(cell: Cell) -> str:
     return cell.folder.parts[-3]
+
+
+def _layers(cell: Cell) -> str:
+    """What cells have in common whose layers are compiled to the same code."""
+    return json.dumps([cell.config[key] for key in ("model", "scale", "method")], sort_keys=True)
 
 
 def _bases_first(todo: Sequence[Cell]) -> list[Cell]:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune import budget, runs
-from finetune.budget import Shape, allowed, fitting_tokens
+from finetune.budget import allowed, fitting_tokens
+from finetune.models.shape import Shape
 
 GIB = 2**30
 SMALL = Shape(layers=24, width=896, feed_forward=4864, vocabulary=151936)  # Qwen2.5-0.5B

@@ -8,13 +8,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from finetune import train
 from finetune.cells import Cell
 from finetune.launch import end, shares
 from finetune.slots import Slot, Worker, process_of
-from finetune.sweep import slots
+from finetune.sweep import Sweep, failures, slots
+from finetune.worker import Asked, _status
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,6 +157,29 @@ def test_a_worker_takes_the_jobs_that_it_can(worker, tmp_path):
     assert worker.over("new")
     worker.close()
     assert worker.over("stay")
+
+
+def test_a_job_is_told_how_many_cells_are_compiled_alike(monkeypatch, worker, tmp_path):
+    asked = {}
+    worker.threads = 0  # this process keeps its own
+    monkeypatch.setattr(worker, "_ask", asked.update)
+    monkeypatch.setattr(train, "main", lambda run, bases, *, alike: asked.update(trained=(run, alike)))
+    worker.start(tmp_path, way="stay", alike=3)
+    assert _status(Asked(Path(asked["run"]), asked["threads"], asked["alike"])) == 0
+    assert asked["trained"] == (tmp_path, 3)
+
+
+def test_cells_are_alike_that_differ_in_seed_and_task_alone(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr("finetune.sweep._claimed", lambda cell, slot, **how: found.append(how["alike"]) or "done")
+    one = {"model": {"name": "qwen"}, "scale": "tiny", "method": {"name": "lora", "r": 8}, "task": "a", "seed": 1}
+    changes = ({}, {"seed": 2}, {"task": "b"}, {"model": {"name": "llama"}}, {"method": {"name": "lora", "r": 4}})
+    cells = [
+        Cell(one | change, tmp_path / "study" / str(n) / "task" / "m" / "seed") for n, change in enumerate(changes)
+    ]
+    progress = SimpleNamespace(advance=lambda *_, **__: None)
+    assert not Sweep(cells, [Slot({})], progress, failures(cells)).goes_on()
+    assert found == [3, 3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(

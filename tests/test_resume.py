@@ -244,7 +244,7 @@ class NoRoom:
 def test_where_there_is_no_memory_for_graphs_steps_are_eager(examples, tmp_path, monkeypatch, caplog):
     whole, _ = train(tmp_path / "whole", examples, adapter=LORA)
     monkeypatch.setattr(gradients.Gradients, "_unrecordable", lambda _: "")
-    monkeypatch.setattr(gradients, "way", lambda asked, **sizes: "graph")
+    monkeypatch.setattr(gradients, "way", lambda **sizes: "graph")
     monkeypatch.setattr(gradients, "Graphs", NoRoom)
     found, _ = train(tmp_path / "found", examples, adapter=LORA)
     assert [line["loss"] for line in found] == [line["loss"] for line in whole]

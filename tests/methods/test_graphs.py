@@ -1,5 +1,6 @@
 """Filled packs give what packs give; on a GPU, replayed graphs give what eager steps give."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
@@ -109,6 +110,15 @@ def test_layers_that_are_left_as_they_are_are_said(monkeypatch, caplog, examples
     for asked, said in (("graph", 0), ("compiled", 1)):
         assert gradients.recorded([[0, 1], [2]], [], asked=asked).way == "graph"
         assert sum("launch.step=compiled" in record.getMessage() for record in caplog.records) == said
+    assert gradients.recorded([[0, 1], [2]], [], asked="auto") is gradients  # a few rows are eager
+    begun = gradients.as_after([{"way": "graph"}])
+    assert begun.recorded([[0, 1], [2]], [], asked="auto").way == "graph"  # a run goes on as it began
+    assert begun.recorded([[0, 1], [2]], [], asked="eager").way == "eager"
+    gradients = replace(gradients, method=SimpleNamespace(replayable={"graph", "compiled"}))
+    monkeypatch.setattr("finetune.gradients.compiled", lambda *_: nullcontext())
+    monkeypatch.setattr("finetune.gradients.fastest", lambda *_, **__: "packed")
+    monkeypatch.setattr("finetune.graphs.BYTES_SPARED", 1.0)
+    assert gradients.recorded([[0, 1], [2]], [], asked="auto").way == "compiled"
 
 
 @pytest.mark.parametrize("architecture", PACKED)
@@ -141,11 +151,25 @@ def test_rooms_hold_every_pack_of_the_plan(examples):
 
 
 @pytest.mark.parametrize(
-    ("num_packs", "found"), [(4, "eager"), (200, "graph"), (5000, "compiled")], ids=["short", "longer", "long"]
+    ("num_packs", "num_bytes", "found"),
+    [
+        (4, 1e9, "eager"),  # a few
+        (200, 6e11, "graph"),
+        (750, 2.3e12, "graph"),  # 2000 rows x 3 epochs, 8 rows a step, of Qwen2.5-0.5B
+        (750, 1.5e13, "compiled"),  # of larger layers
+        (9000, 2.7e13, "compiled"),  # of many more
+        (4, 1e14, "compiled"),  # in few but large packs
+    ],
 )
-def test_the_longer_the_run_the_more_is_prepared(num_packs, found):
-    assert way("auto", num_packs=num_packs, num_buckets=6, num_layers=24) == found
-    assert way("eager", num_packs=num_packs, num_buckets=6, num_layers=24) == "eager"
+def test_the_longer_the_run_the_more_is_prepared(num_packs, num_bytes, found):
+    sizes = {"num_packs": num_packs, "num_buckets": 6, "num_layers": 24, "num_bytes": num_bytes}
+    assert way(**sizes, compilable=True, alike=1) == found
+    assert way(**sizes, compilable=False, alike=1) in ("eager", "graph")
+
+
+def test_runs_alike_earn_back_their_layers_together():
+    sizes = {"num_packs": 750, "num_buckets": 6, "num_layers": 28, "num_bytes": 4.7e12, "compilable": True}  # 1.5B
+    assert [way(**sizes, alike=number) for number in (1, 2, 5, 6, 9)] == ["graph"] * 3 + ["compiled"] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
