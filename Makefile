@@ -31,11 +31,12 @@ faults: install ## Kill, starve and mislead real runs, and see that nothing is l
 	$(BIN)/python -m pytest -q -m faults tests
 
 bench: install ## Measure speed against peers (a GPU, trl and datasets are needed)
-	$(BIN)/python -m benchmarks.cell --shape 0.5B --who worker --methods lora,qlora,prefix,prompt,ptuning
+	$(BIN)/python -m benchmarks.cell --shape 0.5B --who worker,process --methods lora,qlora,prefix,prompt,ptuning
 	$(BIN)/python -m benchmarks.cell --shape 0.5B --who process,trl,trl-tuned,trainer,peft
 	$(BIN)/python -m benchmarks.cell --shape 0.5B --who process,trl --check 300
 	$(BIN)/python -m benchmarks.cell --shape 0.5B --who process,trl,trl-tuned --check 2000
-	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --who compiled,compiled-4,eager,trl,trl-tuned,peft,trainer
+	$(BIN)/python -m benchmarks.cell --shape 0.5B --who process --check 2000 --step compiled
+	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --who compiled,graph,compiled-4,eager,trl,trl-tuned,peft,trainer
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B,7B --who trl-no-cudnn,trl-tuned-no-cudnn,peft-no-cudnn,trainer-no-cudnn
 	$(BIN)/python -m benchmarks.training --shapes 0.5B,1.5B --who compiled-128,trl-tuned-32,trl-tuned-32-no-cudnn
 	$(BIN)/python -m benchmarks.training --shapes 0.5B --who trl-tuned-64,trl-tuned-64-no-cudnn

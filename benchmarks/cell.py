@@ -34,8 +34,8 @@ def main() -> None:
     child(["benchmarks.cell", "--shape", args.shape, "--inside", "store"])  # writing the weights is nobody's time
     about = details()
     for who in args.who.split(","):
-        line = {"what": "check" if args.check else "cell", "shape": args.shape, "who": who, **about}
-        found = ours(args, who) if who in OURS else _child(args, who)
+        name, found = (f"{who}-{args.step}", ours(args, who)) if who in OURS else (who, _child(args, who))
+        line = {"what": "check" if args.check else "cell", "shape": args.shape, "who": name, **about}
         show(line | {"rows": args.check} | found, args.out)
 
 
@@ -44,7 +44,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="0.5B")
     parser.add_argument("--who", default="worker,process,trl,trl-tuned,trainer,peft")
     parser.add_argument("--methods", default="lora", help=f"of this project; a grid: {GRID}")
-    parser.add_argument("--step", default="compiled", help="launch.step of this project")
+    parser.add_argument("--step", default="graph", help="launch.step of this project; auto's for one whole cell")
     parser.add_argument("--steps", type=int, default=250, help="of this project")
     parser.add_argument("--seconds", type=float, default=10, help="of a peer's steady steps")
     parser.add_argument("--answers", type=int, default=500, help="rows that this project answers")
