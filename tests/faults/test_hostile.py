@@ -93,8 +93,11 @@ def test_a_folder_of_a_stranger_runs_nothing(tmp_path, config):
     (folder / "config.yaml").write_text(yaml.safe_dump(hostile))
     pid = os.fork()
     if pid == 0:
-        sys.stdout = sys.stderr = os.fdopen(1, "w")  # pytest's own are not the job's
-        worker.become(folder, threads=1)
+        try:
+            sys.stdout = sys.stderr = os.fdopen(1, "w")  # pytest's own are not the job's
+            worker.become(worker.Asked(folder, threads=1, alike=1))
+        finally:  # an error here must not go on as a second pytest
+            os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert "is not allowed here" in (folder / "run.log").read_text()
     assert "Traceback" not in (folder / "run.log").read_text()
