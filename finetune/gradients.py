@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.data.batches import Batch, Example, pack, supervised
 from finetune.feeder import Feeder, attending_rows, summed_loss
-from finetune.graphs import Graphs, Shapes, Size, compiled, way
+from finetune.graphs import Graphs, Shapes, Size, Work, compiled, quickest
 from finetune.memory import free, out_of_memory, too_much
 from finetune.methods.blocks import blocks
 from finetune.methods.method import Method
@@ -96,55 +96,66 @@ class Gradients:
         return {"micro_batch_tokens": feeder.max_tokens, "micro_batch_halvings": feeder.halvings}
 
     def recorded(
-        self, steps: Sequence[Sequence[int]], weights: Sequence[nn.Parameter], *, asked: str, alike: int = 1
+        self, steps: Sequence[Sequence[int]], weights: Sequence[nn.Parameter], *, asked: str, alike: int
     ) -> Gradients:
         """With the packs of all `steps` as graphs, where the device has them and the run earns them back.
 
         So many runs `alike` earn back their compiled layers together.
         """
         if why := self._unrecordable():
-            if asked in ("graph", "compiled"):
-                log.warning("launch.step=%s: eager steps, as %s", asked, why)
+            if (wanted := self.begun if asked == "auto" else asked) in ("graph", "compiled"):
+                log.warning("steps are eager and not %s (launch.step=%s), as %s", wanted, asked, why)
             return self
         parts = [part for rows in steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
-        layers = blocks(self._network())
-        sizes = {"num_packs": len(parts), "num_buckets": len(shapes.rooms), "num_layers": len(layers), "alike": alike}
-        how = self._how(asked, num_tokens=sum(len(e.ids) for part in parts for e in part), **sizes)
-        if how == "eager":
-            return self
-        began = time.perf_counter()
-        graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
-        try:
-            attention, embeddings = self._attention(how, shapes), self.base.get_input_embeddings()
-            compiling = compiled(layers, embeddings) if how == "compiled" else contextlib.nullcontext()
-            with attending(self.base, attention), compiling:
-                graphs.capture()
-        except RuntimeError as error:
-            if asked != "auto" or graphs.recording or not out_of_memory(error):
-                raise RuntimeError(
-                    f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
-                ) from error
-            log.warning("no memory to record steps, so they are eager, which may have smaller batches: %s", error)
-        else:
-            words = "%d CUDA graphs (%s, %s attention) in %.1f s"
-            log.info(words, len(shapes.rooms), how, attention, time.perf_counter() - began)
-            return replace(self, graphs=graphs)
-        graphs.abandon()
-        del graphs
-        free()
+        for how in self._ways(asked, parts, shapes, alike=alike):
+            if how == "eager":
+                break
+            began = time.perf_counter()
+            graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
+            try:
+                attention = self._captured(graphs)
+            except RuntimeError as error:
+                if asked != "auto" or graphs.recording or not out_of_memory(error):
+                    raise RuntimeError(
+                        f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
+                    ) from error
+                log.warning("no memory to record steps (%s), so they need less or are eager: %s", how, error)
+            else:
+                words = "%d CUDA graphs (%s, %s attention) in %.1f s"
+                log.info(words, len(shapes.rooms), how, attention, time.perf_counter() - began)
+                return replace(self, graphs=graphs)
+            graphs.abandon()
+            del graphs
+            free()
         return self
 
-    def _how(self, asked: str, *, num_tokens: int, **sizes: int) -> str:
-        """Eager, graph or compiled, as asked, as the steps that are done, or as takes the fewest seconds."""
+    def _ways(self, asked: str, parts: Sequence[Sequence[Example]], shapes: Shapes, *, alike: int) -> list[str]:
+        """How to try to compute steps: as asked, as those that are done, or as takes the fewest seconds.
+
+        Where there is no memory for that, compiled layers, which need less, and then eager ones, whose batches may be
+        halved.
+        """
+        layers, config = len(blocks(self._network())), self._network().config
+        per_token = Shape.of(config).bytes_per_token(number_bytes=2, checkpointed=False)
+        num_tokens = sum(len(example.ids) for part in parts for example in part)
+        work = Work(len(parts), len(shapes.rooms), layers, per_token * num_tokens)
         compilable = "compiled" in self.method.replayable
-        if asked == "compiled" and not compilable:
-            log.warning("launch.step=compiled: graphs of layers as they are, as this method's are not compiled")
-            return "graph"
-        if asked != "auto":
-            return asked
-        per_token = Shape.of(self._network().config).bytes_per_token(number_bytes=2, checkpointed=False)
-        return self.begun or way(num_bytes=per_token * num_tokens, compilable=compilable, **sizes)
+        how = asked if asked != "auto" else self.begun or quickest(work, compilable=compilable, alike=alike)
+        if how == "compiled" and not compilable:
+            if asked == how:
+                log.warning("launch.step=compiled: graphs of layers as they are, as this method's are not compiled")
+            how = "graph"
+        return [how, "compiled"] if (asked, how, compilable) == ("auto", "graph", True) else [how]
+
+    def _captured(self, graphs: Graphs) -> str:
+        """Record them; the name of their attention."""
+        attention, embeddings = self._attention(graphs.way, graphs.shapes), self.base.get_input_embeddings()
+        layers = blocks(self._network())
+        compiling = compiled(layers, embeddings) if graphs.way == "compiled" else contextlib.nullcontext()
+        with attending(self.base, attention), compiling:
+            graphs.capture()
+        return attention
 
     def _attention(self, how: str, shapes: Shapes) -> str:
         """Its name; a run so long that its layers are compiled also earns back an attention that is."""

@@ -19,12 +19,13 @@ from torch.nn.functional import pad
 from finetune.data.batches import Batch
 from finetune.models.head import IGNORED, compiled_loss
 
-# Measured on an H200, see docs/benchmarks.md.
-SECONDS_SAVED = 0.004  # of host time by a replayed layer, forward and backward
-SECONDS_CAPTURE = 0.7  # for one bucket
-SECONDS_COMPILE = 20.0  # of one kind of layer, with an empty cache
-SECONDS_CACHED = 4.0  # with its code in the cache
-BYTES_SPARED = 7e11  # of activations (finetune.models.shape) a second: how much faster compiled layers are
+# Measured on an H200, see docs/benchmarks.md; bytes are of activations, by finetune.models.shape.
+SECONDS_LAUNCHED = 0.004  # for an eager layer by the host, forward and backward
+BYTES_COMPUTED = 1.4e11  # a second by the GPU, layers as they are
+BYTES_SPARED = 7e11  # that compiled layers are a second quicker for
+SECONDS_CAPTURE = 0.3  # for one bucket
+SECONDS_COMPILE = 26.0  # that they begin later, with an empty cache
+SECONDS_CACHED = 6.0  # and with their code in the cache
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,29 @@ def _bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def way(*, num_packs: int, num_buckets: int, num_layers: int, num_bytes: float, compilable: bool, alike: int) -> str:
-    """What takes a run the fewest seconds, capture and compilation included: eager, graph or compiled.
+@dataclass(frozen=True)
+class Work:
+    """What takes a run's steps their time."""
 
-    `num_bytes` of activations have all its packs together; one of so many runs `alike` compiles. What is in the cache
-    already is not asked: a command computes its runs in the same way whatever ran before it.
+    num_packs: int
+    num_buckets: int
+    num_layers: int
+    num_bytes: float  # activations of all packs together
+
+
+def quickest(work: Work, *, compilable: bool, alike: int) -> str:
+    """How steps take the fewest seconds, capture and compilation included: eager, graph or compiled.
+
+    One of so many runs `alike` compiles. What is in the cache already is not asked: a command computes its runs in the
+    same way whatever ran before it.
     """
-    saved = {"eager": 0.0, "graph": SECONDS_SAVED * num_packs * num_layers - SECONDS_CAPTURE * num_buckets}
+    computed = work.num_bytes / BYTES_COMPUTED
+    recorded = computed + SECONDS_CAPTURE * work.num_buckets
+    seconds = {"eager": max(computed, SECONDS_LAUNCHED * work.num_packs * work.num_layers), "graph": recorded}
     if compilable:
-        start = SECONDS_CACHED + (SECONDS_COMPILE - SECONDS_CACHED) / alike
-        saved["compiled"] = saved["graph"] + num_bytes / BYTES_SPARED - start
-    return max(saved, key=saved.__getitem__)
+        later = SECONDS_CACHED + (SECONDS_COMPILE - SECONDS_CACHED) / alike
+        seconds["compiled"] = recorded - work.num_bytes / BYTES_SPARED + later
+    return min(seconds, key=seconds.__getitem__)
 
 
 @contextlib.contextmanager

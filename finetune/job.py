@@ -47,7 +47,6 @@ class Job:
     train_rows: Sequence[Example]
     valid_rows: Sequence[Example]
     feeder: Feeder
-    alike: int  # see finetune.worker.Asked
 
     @property
     def main(self) -> bool:
@@ -63,7 +62,7 @@ class Job:
         return mean_loss(model, self.valid_rows, feeder=self.feeder, accelerator=self.accelerator)
 
 
-def load_job(run: Path, config: Mapping[str, Any], bases: Shelf, *, alike: int) -> Job:
+def load_job(run: Path, config: Mapping[str, Any], bases: Shelf) -> Job:
     """Data, base and method, and environment.json that records them."""
     refuse(config)
     if config["deterministic"]:
@@ -101,8 +100,7 @@ def load_job(run: Path, config: Mapping[str, Any], bases: Shelf, *, alike: int) 
             **{key: before[key] for key in KEPT if key in before},
         }
         runs.write_json(run / "environment.json", environment(**hashes) | record)
-    data = (kept, asked, unanswerable, train_rows, valid_rows, feeder)
-    return Job(run, config, accelerator, method, bases, base, *data, alike)
+    return Job(run, config, accelerator, method, bases, base, kept, asked, unanswerable, train_rows, valid_rows, feeder)
 
 
 def beyond_positions(base: Base, examples: Sequence[Example]) -> int:

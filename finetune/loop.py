@@ -68,7 +68,7 @@ class Loop:
     lr: float
     ids: Sequence[str] = ()  # names of the examples, for messages
     way: str = "auto"  # auto | eager | graph | compiled: see finetune.graphs
-    alike: int = 1  # see finetune.worker.Asked
+    alike: int = 1  # runs that are compiled to the same code
 
     def run(
         self,
@@ -102,7 +102,9 @@ class Loop:
         history = keeper.resume(moving) if keeper else []
         clock, broken = Clock(history), _broken_at_the_end(history)
         gradients = Gradients(model, base, self.method, self.accelerator, self.feeder, self.examples, self.optim)
-        gradients = gradients.as_after(history).recorded(self.steps, weights, asked=self.way, alike=self.alike)
+        gradients = gradients.as_after(history)
+        if len(history) < len(self.steps):
+            gradients = gradients.recorded(self.steps, weights, asked=self.way, alike=self.alike)
         late = gradients.graphs is not None and self._guarded(optimizer)
         waiting: _Done | None = None
 

@@ -35,13 +35,13 @@ class Slot:
         self.worker: Worker | None = None
         self.base: str | None = None  # that its process keeps
 
-    def start(self, run: Path, launch: Mapping[str, Any], *, way: Way, alike: int = 1) -> Job:
-        """Start the job of a claimed folder, of a command with so many cells `alike`, see `finetune.worker.Asked`."""
+    def start(self, run: Path, launch: Mapping[str, Any], *, way: Way) -> Job:
+        """Start the job of a claimed folder."""
         if launch["num_processes"] == 1:
             if self.worker and self.worker.over(way):
                 self.close()
             worker = self.begun()
-            worker.start(run, way=way, alike=alike)
+            worker.start(run, way=way)
             return Job(run, worker)
         if self.worker and self.worker.stays:  # it holds memory of the device
             self.close()
@@ -87,10 +87,10 @@ class Worker:
         busy = used and len(self.answers) < 2  # with a job that could not be killed
         return self.ended or busy or self.process.poll() is not None or (way == "new" and used)
 
-    def start(self, run: Path, *, way: Way, alike: int = 1) -> None:
+    def start(self, run: Path, *, way: Way) -> None:
         """Ask for a job; its process id follows when the worker is ready."""
         self.answers, self.way = [], way
-        self._ask({"run": str(run.resolve()), "threads": self.threads, "alike": alike, "stays": self.stays})
+        self._ask({"run": str(run.resolve()), "threads": self.threads, "stays": self.stays})
 
     def _ask(self, what: Mapping[str, Any]) -> None:
         assert self.process.stdin

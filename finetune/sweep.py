@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import claims, runs
@@ -74,7 +75,7 @@ class Sweep:
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
         left = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
         self.several = len(left) > len(free)  # do cells follow one another on a device?
-        self.alike = Counter(map(_layers, todo))
+        self.alike, self.num_slots = Counter(map(_layers, todo)), len(free)
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
         self.outcomes: dict[Path, str] = {}
@@ -146,10 +147,16 @@ class Sweep:
         except OSError as error:
             return _refuse(cell, str(error))
         try:
-            return _claimed(cell, slot, several=self.several, alike=self.alike[_layers(cell)])
+            return _claimed(self._counted(cell), slot, several=self.several)
         except OSError as error:
             claims.release(cell.folder)
             return _refuse(cell, str(error))
+
+    def _counted(self, cell: Cell) -> Cell:
+        """With the number of cells of its slot that are compiled to the same code, where the person gave none."""
+        launch = cell.config["launch"]
+        alike = launch["alike"] or -(-self.alike[_layers(cell)] // self.num_slots)
+        return replace(cell, config={**cell.config, "launch": {**launch, "alike": alike}})
 
     def _failed_elsewhere(self, folder: Path) -> bool:
         """Has another sweep tried this cell since we began, and failed?"""
@@ -177,7 +184,7 @@ class Sweep:
         self.progress.advance(cell.name, outcome, before=before)
 
 
-def _claimed(cell: Cell, slot: Slot, *, several: bool, alike: int) -> Job | str:
+def _claimed(cell: Cell, slot: Slot, *, several: bool) -> Job | str:
     """What becomes of a cell that is ours: another sweep may have ended it since we looked."""
     if (outcome := runs.ended(cell.folder)) in runs.FINAL:
         claims.release(cell.folder)
@@ -192,7 +199,7 @@ def _claimed(cell: Cell, slot: Slot, *, several: bool, alike: int) -> Job | str:
         launch = cell.config["launch"]
         how = process_of(launch, several=several, deterministic=cell.config["deterministic"])
         slot.base = _base(cell) if how == "stay" else None
-        return slot.start(cell.folder, launch, way=how, alike=alike)
+        return slot.start(cell.folder, launch, way=how)
     runs.write_json(cell.folder / "unsupported.json", {"reason": reason})
     claims.release(cell.folder)
     return "unsupported"
@@ -231,7 +238,10 @@ def _base(cell: Cell) -> str:
 
 def _layers(cell: Cell) -> str:
     """What cells have in common whose layers are compiled to the same code."""
-    return json.dumps([cell.config[key] for key in ("model", "scale", "method")], sort_keys=True)
+    config, optim = cell.config, cell.config["optim"]
+    method = {key: value for key, value in config["method"].items() if key != "lr"}
+    parts = [config["model"], config["scale"], method, config["deterministic"], optim["neftune_alpha"]]
+    return json.dumps(parts, sort_keys=True)
 
 
 def _bases_first(todo: Sequence[Cell]) -> list[Cell]:

@@ -40,11 +40,11 @@ PROBE_ROWS = 8  # validation rows of which the checks compare logits and answers
 LOSS_ROWS = 16  # training rows of which they compare the loss
 
 
-def train(run: Path, stop: Stop, bases: Shelf, *, alike: int) -> None:
+def train(run: Path, stop: Stop, bases: Shelf) -> None:
     """Load, tune, predict, score; scores.json comes last. What an earlier process left is gone on with."""
     began = time.perf_counter()
     config = runs.read_config(run)
-    job = load_job(run, config, bases, alike=alike)
+    job = load_job(run, config, bases)
     if not job.asked:
         return _unsupported(job)
     steps, batch_tokens = planned(job)
@@ -123,8 +123,8 @@ def _tune(
     refuse_small_disk(job.run, model)
     lr, ids = settings.learning_rate(job.config), [row.id for row in job.split.train]
     data = (job.feeder, job.train_rows, steps)
-    way = job.config["launch"]["step"]
-    loop = Loop(job.method, job.accelerator, *data, job.config["optim"], lr, ids, way, alike=job.alike)
+    way, alike = job.config["launch"]["step"], job.config["launch"]["alike"] or 1
+    loop = Loop(job.method, job.accelerator, *data, job.config["optim"], lr, ids, way, alike=alike)
     with keeper.stop.held():
         loop.run(model, validate=job.valid_loss, record=record, keeper=keeper)
     if job.main and len(keeper.history) == keeper.num_resumed:  # no step was left, so that none was recorded
@@ -178,10 +178,10 @@ def _general_loss(job: Job, model: Any, *, key: str = "base") -> dict[str, Any]:
         return {key: mean_loss(model, text, feeder=feeder, accelerator=job.accelerator), "text": Path(name).name}
 
 
-def main(run: Path, bases: Shelf | None = None, *, alike: int = 1) -> None:
+def main(run: Path, bases: Shelf | None = None) -> None:
     """Run a folder; a failure is written into it and exits with status 1, a polite end with 75.
 
-    `bases` are those that this process keeps between its runs; so many cells are `alike`, see `finetune.worker.Asked`.
+    `bases` are those that this process keeps between its runs.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -190,7 +190,7 @@ def main(run: Path, bases: Shelf | None = None, *, alike: int = 1) -> None:
     stop = Stop()
     try:
         stop.listen()
-        train(run, stop, bases or Shelf(), alike=alike)
+        train(run, stop, bases or Shelf())
     except (Stopped, Exception) as error:
         # Of several processes one may see the others' end first, as an error.
         if stop.asked and (isinstance(error, Stopped) or int(os.environ.get("WORLD_SIZE", "1")) > 1):

@@ -1,9 +1,9 @@
 """A worker: it has imported what a job needs, serves a sweep, line by line, and dies with it. See finetune.serve.
 
 {"check": [parts]} asks for `preflight.findings`, one JSON line; null if there are none. {"run": folder, "threads": N,
-"alike": N, "stays": bool} asks for a job: its process id follows, and at its end its exit status. A job is a fork with
-a session of its own; one that `stays` runs in this process, which keeps the CUDA context (a context does not fork) and
-the base for the next, and ends after a job that failed, whatever that left behind.
+"stays": bool} asks for a job: its process id follows, and at its end its exit status. A job is a fork with a session of
+its own; one that `stays` runs in this process, which keeps the CUDA context (a context does not fork) and the base for
+the next, and ends after a job that failed, whatever that left behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate.state import AcceleratorState
@@ -29,14 +29,6 @@ from finetune.shelf import Shelf
 from finetune.stop import SIGNALS
 
 
-class Asked(NamedTuple):
-    """A job."""
-
-    run: Path
-    threads: int  # 0: as many as torch likes
-    alike: int  # cells of the command, this one included, whose layers are compiled to the same code
-
-
 def main() -> None:
     """Serve until the input ends."""
     bases = Shelf()
@@ -47,8 +39,8 @@ def main() -> None:
         if "check" in job:
             print(_found(job["check"]), file=answers, flush=True)
             continue
-        asked = Asked(Path(job["run"]), job["threads"], job["alike"])
-        code = _stay(asked, bases, answers) if job["stays"] else _fork(asked, answers)
+        run, threads = Path(job["run"]), job["threads"]
+        code = _stay(run, bases, answers, threads=threads) if job["stays"] else _fork(run, answers, threads=threads)
         print(code, file=answers, flush=True)
         if job["stays"] and code != 0:
             return
@@ -74,12 +66,12 @@ def _found(parts: Sequence[Mapping[str, Any]]) -> str:
     return text if os.wait()[1] == 0 else "null"
 
 
-def _fork(asked: Asked, answers: TextIO) -> int:
+def _fork(run: Path, answers: TextIO, *, threads: int) -> int:
     """The exit status of a job in a process of its own."""
     here, pid = os.getpid(), os.fork()
     if pid == 0:
         die_with_parent(here)
-        become(asked)
+        become(run, threads=threads)
 
     def tell(number: int, _: object) -> None:
         """Whoever asks may not know the job's id yet; we stay, or the job would die with us."""
@@ -94,24 +86,24 @@ def _fork(asked: Asked, answers: TextIO) -> int:
     return code
 
 
-def become(asked: Asked) -> NoReturn:
+def become(run: Path, *, threads: int) -> NoReturn:
     """Turn this fork into the job."""
     os.setsid()
     code = 1
     try:
-        with _log_of(asked.run):
-            code = _status(asked)
+        with _log_of(run):
+            code = _status(run, threads=threads)
     finally:
         os._exit(code)
 
 
-def _stay(asked: Asked, bases: Shelf, answers: TextIO) -> int:
+def _stay(run: Path, bases: Shelf, answers: TextIO, *, threads: int) -> int:
     """The exit status of a job in this process, which is afterwards as it was."""
     print(os.getpid(), file=answers, flush=True)
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
-    with _log_of(asked.run):
+    with _log_of(run):
         forget_peaks()
-        code = _status(asked, bases)
+        code = _status(run, bases, threads=threads)
         bases.check()
     free()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -122,11 +114,11 @@ def _stay(asked: Asked, bases: Shelf, answers: TextIO) -> int:
     return code
 
 
-def _status(asked: Asked, bases: Shelf | None = None) -> int:
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
+def _status(run: Path, bases: Shelf | None = None, *, threads: int) -> int:
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        train.main(asked.run, bases, alike=asked.alike)
+        train.main(run, bases)
     except SystemExit as error:
         return int(error.code or 0)
     finally:

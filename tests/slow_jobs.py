@@ -59,7 +59,7 @@ def start(job, *, rank, port):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
         slow_down(Path(job["run"]), slow=job["slow"], room=job["room"], narrow=job["narrow"])
-        worker.become(worker.Asked(Path(job["run"]), threads=1, alike=1))
+        worker.become(Path(job["run"]), threads=1)
     return pid
 
 

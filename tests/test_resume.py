@@ -229,7 +229,7 @@ class NoRoom:
     recording = False
 
     def __init__(self, shapes, *, way, loss, weights, device):
-        self.weights = weights
+        self.shapes, self.way, self.weights = shapes, way, weights
 
     def capture(self):
         for weight in self.weights:
@@ -244,7 +244,7 @@ class NoRoom:
 def test_where_there_is_no_memory_for_graphs_steps_are_eager(examples, tmp_path, monkeypatch, caplog):
     whole, _ = train(tmp_path / "whole", examples, adapter=LORA)
     monkeypatch.setattr(gradients.Gradients, "_unrecordable", lambda _: "")
-    monkeypatch.setattr(gradients, "way", lambda **sizes: "graph")
+    monkeypatch.setattr(gradients, "quickest", lambda *_, **__: "graph")
     monkeypatch.setattr(gradients, "Graphs", NoRoom)
     found, _ = train(tmp_path / "found", examples, adapter=LORA)
     assert [line["loss"] for line in found] == [line["loss"] for line in whole]
@@ -253,6 +253,18 @@ def test_where_there_is_no_memory_for_graphs_steps_are_eager(examples, tmp_path,
     monkeypatch.setattr(NoRoom, "recording", True)  # too late
     with pytest.raises(RuntimeError, match=r"launch\.step=eager needs none"):
         train(tmp_path / "late", examples, adapter=LORA)
+
+
+def test_steps_are_prepared_only_where_some_are_left(examples, tmp_path, monkeypatch):
+    asked = []
+    found = gradients.Gradients.recorded
+    monkeypatch.setattr(
+        gradients.Gradients, "recorded", lambda self, *given, **how: asked.append(how) or found(self, *given, **how)
+    )
+    train(tmp_path, examples, adapter=LORA, minutes=0)
+    assert asked == [{"asked": "auto", "alike": 1}]
+    train(tmp_path, examples, adapter=LORA, minutes=0)
+    assert len(asked) == 1
 
 
 def test_a_row_that_does_not_fit_alone_is_named_by_its_size(examples, tmp_path):

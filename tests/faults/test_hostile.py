@@ -95,7 +95,7 @@ def test_a_folder_of_a_stranger_runs_nothing(tmp_path, config):
     if pid == 0:
         try:
             sys.stdout = sys.stderr = os.fdopen(1, "w")  # pytest's own are not the job's
-            worker.become(worker.Asked(folder, threads=1, alike=1))
+            worker.become(folder, threads=1)
         finally:  # an error here must not go on as a second pytest
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from finetune.data.batches import pack, plan, supervised
 from finetune.feeder import Feeder, summed_loss
 from finetune.gradients import Gradients
-from finetune.graphs import IGNORED, Graphs, Shapes, Size, compiled, way
+from finetune.graphs import IGNORED, Graphs, Shapes, Size, Work, compiled, quickest
 from finetune.loop import Loop
 from finetune.methods.blocks import blocks
 from finetune.methods.method import trainable
@@ -84,41 +84,89 @@ def recordable(**changes):
 @pytest.mark.parametrize("asked", ["auto", "compiled"])
 def test_steps_that_cannot_be_recorded_are_eager_and_say_why(change, why, asked, caplog):
     gradients = recordable(**change)
-    assert gradients.recorded([[0]], [], asked=asked) is gradients
+    assert gradients.recorded([[0]], [], asked=asked, alike=1) is gradients
+    assert len(caplog.records) == (asked == "compiled")
+    gradients = replace(gradients, begun="compiled")  # as it was when the run began
+    assert gradients.recorded([[0]], [], asked=asked, alike=1) is gradients
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (asked == "compiled")
-    assert all(text.startswith("launch.step=compiled: eager steps, as ") and why in text for text in said)
+    assert len(said) == (2 if asked == "compiled" else 1)
+    assert all(text.startswith(f"steps are eager and not compiled (launch.step={asked}), as ") for text in said)
+    assert all(why in text for text in said)
     assert not recordable()._unrecordable()
 
 
 class NoGraphs:
     """Says how it was asked to compute steps."""
 
+    recording, full = False, ()  # the ways that there is no memory for
+
     def __init__(self, shapes, *, way, **_):
-        self.way = way
+        self.shapes, self.way = shapes, way
 
     def capture(self):
         """There is no GPU to record anything."""
+        if self.way in self.full:
+            raise torch.OutOfMemoryError("out of memory")
+
+    def abandon(self):
+        """Nothing was done."""
 
 
-def test_layers_that_are_left_as_they_are_are_said(monkeypatch, caplog, examples):
+@pytest.fixture
+def some(monkeypatch, examples):
+    """A run of three rows in two steps whose layers may be compiled, and bytes of its activations."""
     monkeypatch.setattr("finetune.gradients.Graphs", NoGraphs)
+    monkeypatch.setattr("finetune.gradients.compiled", lambda *_: nullcontext())
     base = tiny_base("qwen2")
     feeder = Feeder(packed=True, pad_id=0, loss_on="target", device=torch.device("cpu"))
-    gradients = replace(recordable(ways={"graph"}), base=base, model=base, feeder=feeder, examples=examples)
-    gradients = replace(gradients, optim={"accumulation": 1})
+    gradients = replace(recordable(), base=base, model=base, feeder=feeder, examples=examples)
+    layer = 18 * base.config.hidden_size + 10 * base.config.intermediate_size
+    num_tokens = sum(len(example.ids) for example in examples[:3])
+    return replace(gradients, optim={"accumulation": 1}), layer * base.config.num_hidden_layers * num_tokens
+
+
+def found_way(gradients, *, asked="auto", alike=1):
+    return gradients.recorded([[0, 1], [2]], [], asked=asked, alike=alike).way
+
+
+def test_layers_that_are_left_as_they_are_are_said(some, caplog):
+    gradients = replace(some[0], method=SimpleNamespace(replayable={"graph"}))
     for asked, said in (("graph", 0), ("compiled", 1)):
-        assert gradients.recorded([[0, 1], [2]], [], asked=asked).way == "graph"
+        assert found_way(gradients, asked=asked) == "graph"
         assert sum("launch.step=compiled" in record.getMessage() for record in caplog.records) == said
-    assert gradients.recorded([[0, 1], [2]], [], asked="auto") is gradients  # a few rows are eager
-    begun = gradients.as_after([{"way": "graph"}])
-    assert begun.recorded([[0, 1], [2]], [], asked="auto").way == "graph"  # a run goes on as it began
-    assert begun.recorded([[0, 1], [2]], [], asked="eager").way == "eager"
-    gradients = replace(gradients, method=SimpleNamespace(replayable={"graph", "compiled"}))
-    monkeypatch.setattr("finetune.gradients.compiled", lambda *_: nullcontext())
-    monkeypatch.setattr("finetune.gradients.fastest", lambda *_, **__: "packed")
-    monkeypatch.setattr("finetune.graphs.BYTES_SPARED", 1.0)
-    assert gradients.recorded([[0, 1], [2]], [], asked="auto").way == "compiled"
+    assert found_way(replace(gradients, begun="compiled")) == "graph"  # when it began they were compiled
+
+
+def test_a_run_goes_on_as_it_began(some):
+    assert found_way(some[0]) == "eager"  # a few rows
+    for line in ({}, {"micro_batch_tokens": 50, "micro_batch_halvings": 1}):
+        begun = some[0].as_after([{"way": "graph", **line}])
+        assert found_way(begun) == "graph"
+        assert found_way(begun, asked="eager") == "eager"
+
+
+@pytest.mark.parametrize(
+    ("share", "alike", "found"), [(0.999, 3, "compiled"), (1.001, 3, "graph"), (0.999, 2, "graph")]
+)
+def test_what_is_compiled_is_earned_back_by_runs_alike(some, monkeypatch, share, alike, found):
+    gradients, num_bytes = some
+    constants = {"SECONDS_LAUNCHED": 1e9, "SECONDS_COMPILE": 2.0, "SECONDS_CACHED": 0.5}  # of three runs alike: 1 s
+    for name, value in (constants | {"BYTES_SPARED": share * num_bytes}).items():
+        monkeypatch.setattr(f"finetune.graphs.{name}", value)
+    assert found_way(gradients, alike=alike) == found
+
+
+def test_without_memory_for_graphs_less_is_tried(some, monkeypatch, caplog):
+    monkeypatch.setattr("finetune.gradients.quickest", lambda *_, **__: "graph")
+    for full, found in ((("graph",), "compiled"), (("graph", "compiled"), "eager")):
+        monkeypatch.setattr(NoGraphs, "full", full)
+        caplog.clear()
+        assert found_way(some[0]) == found
+        assert [record.getMessage().split(", so")[0] for record in caplog.records if record.levelname == "WARNING"] == [
+            f"no memory to record steps ({how})" for how in full
+        ]
+    with pytest.raises(RuntimeError, match=r"launch\.step=eager needs none"):
+        found_way(some[0], asked="graph")
 
 
 @pytest.mark.parametrize("architecture", PACKED)
@@ -151,25 +199,30 @@ def test_rooms_hold_every_pack_of_the_plan(examples):
 
 
 @pytest.mark.parametrize(
-    ("num_packs", "num_bytes", "found"),
+    ("num_packs", "num_layers", "num_bytes", "found", "as_they_are"),
     [
-        (4, 1e9, "eager"),  # a few
-        (200, 6e11, "graph"),
-        (750, 2.3e12, "graph"),  # 2000 rows x 3 epochs, 8 rows a step, of Qwen2.5-0.5B
-        (750, 1.5e13, "compiled"),  # of larger layers
-        (9000, 2.7e13, "compiled"),  # of many more
-        (4, 1e14, "compiled"),  # in few but large packs
+        (4, 24, 1e9, "eager", "eager"),  # a few
+        (200, 24, 6e11, "graph", "graph"),
+        (750, 24, 2.3e12, "graph", "graph"),  # 2000 rows x 3 epochs, 8 rows a step, of Qwen2.5-0.5B
+        (750, 28, 4.8e12, "graph", "graph"),  # of 1.5B
+        (750, 28, 1.04e13, "graph", "graph"),  # of 7B
+        (3000, 28, 4.1e13, "compiled", "graph"),  # of 7B, 8000 rows
+        (9000, 24, 2.7e13, "compiled", "graph"),
+        (100, 28, 1e13, "eager", "eager"),  # packs so large that the GPU is not waited for
+        (100, 28, 4e13, "compiled", "eager"),
     ],
 )
-def test_the_longer_the_run_the_more_is_prepared(num_packs, num_bytes, found):
-    sizes = {"num_packs": num_packs, "num_buckets": 6, "num_layers": 24, "num_bytes": num_bytes}
-    assert way(**sizes, compilable=True, alike=1) == found
-    assert way(**sizes, compilable=False, alike=1) in ("eager", "graph")
+def test_the_longer_the_run_the_more_is_prepared(num_packs, num_layers, num_bytes, found, as_they_are):
+    work = Work(num_packs, 13, num_layers, num_bytes)
+    assert quickest(work, compilable=True, alike=1) == found
+    assert quickest(work, compilable=False, alike=1) == as_they_are
 
 
-def test_runs_alike_earn_back_their_layers_together():
-    sizes = {"num_packs": 750, "num_buckets": 6, "num_layers": 28, "num_bytes": 4.7e12, "compilable": True}  # 1.5B
-    assert [way(**sizes, alike=number) for number in (1, 2, 5, 6, 9)] == ["graph"] * 3 + ["compiled"] * 2
+def test_cells_alike_earn_back_their_layers_together():
+    for num_bytes, needed in ((4.8e12, 24), (1.04e13, 3)):  # 2000 rows x 3 epochs of Qwen2.5-1.5B and 7B
+        work = Work(750, 13, 28, num_bytes)
+        ways = [quickest(work, compilable=True, alike=number) for number in range(1, 40)]
+        assert ways == ["graph"] * (needed - 1) + ["compiled"] * (40 - needed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
