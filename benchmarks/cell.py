@@ -4,7 +4,8 @@
 
 `process` and `worker` are this project's command, `python -m finetune -m method=...`, with that `launch`; peers load
 the same weights from the same folder, train LoRA, answer by `generate` and score. --check trains exactly so many rows
-for three epochs instead: what the formula says can then be compared with it.
+for three epochs instead: what the formula says can then be compared with it. --step is this project's launch.step, and
+the end of its name in the lines: process-graph.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def ratios(lines: Sequence[Line]) -> str:
     pairs = [
         ("compiled", "trl"), ("compiled", "trl-tuned"), ("compiled", "trainer"), ("compiled-4", "peft"),
         ("compiled-128", "trl-tuned-32"), ("compiled-128", "trl-tuned-64"), ("compiled-64", "trl-tuned-16"),
-        ("eager", "trl"),
+        ("graph", "trl"), ("eager", "trl"),
     ]  # fmt: skip
     pairs += [(own, f"{peer}-no-cudnn") for own, peer in pairs]
     shapes = list(dict.fromkeys(shape for shape, _ in rates))

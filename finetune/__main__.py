@@ -15,6 +15,7 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 
 from finetune import interrupts, runs
+from finetune.alike import counted
 from finetune.cells import CONF, Cell, Invalid, cells, only_our_resolvers
 from finetune.confidential import hide
 from finetune.launch import has_gpu
@@ -51,7 +52,7 @@ def sweep(todo: list[Cell]) -> int:
     with contextlib.ExitStack() as stack:
         room = _room(open_cells, todo, stack)
         progress = stack.enter_context(Progress(num_cells=len(todo)))
-        outcomes = run_all(todo, room, progress, before)
+        outcomes = run_all(counted(todo, num_slots=len(room)), room, progress, before)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
     return 0 if all(outcome in runs.FINAL for outcome in outcomes.values()) else 1
 

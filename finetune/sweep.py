@@ -7,12 +7,10 @@ whose owner dies is taken over.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from finetune import claims, runs
@@ -75,7 +73,6 @@ class Sweep:
         self.waiting = deque(_bases_first(todo) if len(free) > 1 else todo)
         left = [cell for cell in todo if runs.state(cell.folder) not in runs.FINAL]
         self.several = len(left) > len(free)  # do cells follow one another on a device?
-        self.alike, self.num_slots = Counter(map(_layers, todo)), len(free)
         self.at_work: dict[Path, tuple[Cell, Job, Slot]] = {}
         self.elsewhere: list[Cell] = []  # at work in another sweep
         self.outcomes: dict[Path, str] = {}
@@ -147,16 +144,10 @@ class Sweep:
         except OSError as error:
             return _refuse(cell, str(error))
         try:
-            return _claimed(self._counted(cell), slot, several=self.several)
+            return _claimed(cell, slot, several=self.several)
         except OSError as error:
             claims.release(cell.folder)
             return _refuse(cell, str(error))
-
-    def _counted(self, cell: Cell) -> Cell:
-        """With the number of cells of its slot that are compiled to the same code, where the person gave none."""
-        launch = cell.config["launch"]
-        alike = launch["alike"] or -(-self.alike[_layers(cell)] // self.num_slots)
-        return replace(cell, config={**cell.config, "launch": {**launch, "alike": alike}})
 
     def _failed_elsewhere(self, folder: Path) -> bool:
         """Has another sweep tried this cell since we began, and failed?"""
@@ -234,14 +225,6 @@ def _shares(todo: Sequence[Cell], num_gpus: int) -> list[dict[str, str]]:
 
 def _base(cell: Cell) -> str:
     return cell.folder.parts[-3]
-
-
-def _layers(cell: Cell) -> str:
-    """What cells have in common whose layers are compiled to the same code."""
-    config, optim = cell.config, cell.config["optim"]
-    method = {key: value for key, value in config["method"].items() if key != "lr"}
-    parts = [config["model"], config["scale"], method, config["deterministic"], optim["neftune_alpha"]]
-    return json.dumps(parts, sort_keys=True)
 
 
 def _bases_first(todo: Sequence[Cell]) -> list[Cell]:

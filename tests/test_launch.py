@@ -8,14 +8,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from finetune.cells import Cell
 from finetune.launch import end, shares
 from finetune.slots import Slot, Worker, process_of
-from finetune.sweep import Sweep, failures, slots
+from finetune.sweep import slots
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,26 +154,6 @@ def test_a_worker_takes_the_jobs_that_it_can(worker, tmp_path):
     assert worker.over("new")
     worker.close()
     assert worker.over("stay")
-
-
-@pytest.mark.parametrize(("num_slots", "given", "found"), [(1, None, [4, 1]), (3, None, [2, 1]), (1, 7, [7, 7])])
-def test_cells_are_counted_that_are_compiled_alike(monkeypatch, tmp_path, num_slots, given, found):
-    counted = {}
-    monkeypatch.setattr("finetune.sweep._claimed", lambda cell, *_, **__: counted.update({cell.folder: cell}) or "done")
-    method, optim = {"name": "lora", "r": 8, "lr": {"tiny": 1e-3}}, {"epochs": 1, "neftune_alpha": None}
-    one = {"model": {"name": "qwen"}, "scale": "tiny", "method": method, "optim": optim, "task": "a", "seed": 1}
-    one |= {"deterministic": False, "launch": {"alike": given}}
-    alike = ({}, {"seed": 2}, {"task": "b", "optim": optim | {"epochs": 2}}, {"method": method | {"lr": {"tiny": 1.0}}})
-    others = ({"model": {"name": "llama"}}, {"scale": "small"}, {"method": method | {"r": 4}}, {"deterministic": True})
-    others += ({"optim": optim | {"neftune_alpha": 5.0}},)
-    cells = [
-        Cell(one | change, tmp_path / "study" / str(n) / "task" / "m" / "seed")
-        for n, change in enumerate((*alike, *others))
-    ]
-    progress = SimpleNamespace(advance=lambda *_, **__: None)
-    assert not Sweep(cells, [Slot({}) for _ in range(num_slots)], progress, failures(cells)).goes_on()
-    counts = [counted[cell.folder].config["launch"]["alike"] for cell in cells]
-    assert counts == found[:1] * len(alike) + found[1:] * len(others)
 
 
 @pytest.mark.parametrize(

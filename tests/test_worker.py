@@ -5,6 +5,8 @@ import json
 import psutil
 from grids import ENDLESS, failure, folders, processes_in, still_running, wait_for_file
 
+from finetune import runs
+
 METHODS = ("none", "lora", "full", "prefix", "llama_adapter", "bitfit", "qlora", "ptuning")  # two move the base
 
 
@@ -40,6 +42,7 @@ def test_a_worker_is_one_process_until_a_cell_fails(command, tmp_path, fault):
     logs = [(folder / "run.log").read_text() for folder in (one, two, three, four)]
     assert ["loaded" in log for log in logs] == [True, False, True, False]  # the base, by each process once
     assert all((folder / "scores.json").exists() for folder in (one, three, four))
+    assert [runs.read_config(folder)["launch"]["alike"] for folder in (one, two, three, four)] == [4] * 4
 
 
 def test_a_worker_stops_politely_and_its_cell_goes_on(command, tmp_path):
