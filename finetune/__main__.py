@@ -52,7 +52,7 @@ def sweep(todo: list[Cell]) -> int:
     with contextlib.ExitStack() as stack:
         room = _room(open_cells, todo, stack)
         progress = stack.enter_context(Progress(num_cells=len(todo)))
-        outcomes = run_all(counted(todo, num_slots=len(room)), room, progress, before)
+        outcomes = run_all(counted(todo), room, progress, before)
     summary([(cell.name, cell.folder, outcomes[cell.folder]) for cell in todo])
     return 0 if all(outcome in runs.FINAL for outcome in outcomes.values()) else 1
 

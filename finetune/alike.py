@@ -1,4 +1,4 @@
-"""How many cells of a command follow one another on a device and are compiled to the same code: see finetune.graphs."""
+"""How many cells of a command are compiled to the same code: see finetune.graphs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import replace
 from finetune.cells import Cell
 
 
-def counted(todo: Sequence[Cell], *, num_slots: int) -> list[Cell]:
+def counted(todo: Sequence[Cell]) -> list[Cell]:
     """The cells with `launch.alike`, where the person gave none."""
     numbers = Counter(map(_layers, todo))
 
     def one(cell: Cell) -> Cell:
         launch = cell.config["launch"]
-        alike = launch["alike"] or -(-numbers[_layers(cell)] // num_slots)
+        alike = launch.get("alike") or numbers[_layers(cell)]
         return replace(cell, config={**cell.config, "launch": {**launch, "alike": alike}})
 
     return [one(cell) for cell in todo]

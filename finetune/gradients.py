@@ -108,45 +108,40 @@ class Gradients:
             return self
         parts = [part for rows in steps for part in self._packs(rows)]
         shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
-        for how in self._ways(asked, parts, shapes, alike=alike):
-            if how == "eager":
-                break
-            began = time.perf_counter()
-            graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
-            try:
-                attention = self._captured(graphs)
-            except RuntimeError as error:
-                if asked != "auto" or graphs.recording or not out_of_memory(error):
-                    raise RuntimeError(
-                        f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
-                    ) from error
-                log.warning("no memory to record steps (%s), so they need less or are eager: %s", how, error)
-            else:
-                words = "%d CUDA graphs (%s, %s attention) in %.1f s"
-                log.info(words, len(shapes.rooms), how, attention, time.perf_counter() - began)
-                return replace(self, graphs=graphs)
-            graphs.abandon()
-            del graphs
-            free()
+        if (how := self._how(asked, parts, shapes, alike=alike)) == "eager":
+            return self
+        began = time.perf_counter()
+        graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
+        try:
+            attention = self._captured(graphs)
+        except RuntimeError as error:
+            if asked != "auto" or graphs.recording or not out_of_memory(error):
+                raise RuntimeError(
+                    f"a step cannot be recorded as a CUDA graph (launch.step=eager needs none): {error}"
+                ) from error
+            log.warning("no memory to record steps, so they are eager, which may have smaller batches: %s", error)
+        else:
+            words = "%d CUDA graphs (%s, %s attention) in %.1f s"
+            log.info(words, len(shapes.rooms), how, attention, time.perf_counter() - began)
+            return replace(self, graphs=graphs)
+        graphs.abandon()
+        del graphs
+        free()
         return self
 
-    def _ways(self, asked: str, parts: Sequence[Sequence[Example]], shapes: Shapes, *, alike: int) -> list[str]:
-        """How to try to compute steps: as asked, as those that are done, or as takes the fewest seconds.
-
-        Where there is no memory for that, compiled layers, which need less, and then eager ones, whose batches may be
-        halved.
-        """
-        layers, config = len(blocks(self._network())), self._network().config
+    def _how(self, asked: str, parts: Sequence[Sequence[Example]], shapes: Shapes, *, alike: int) -> str:
+        """Eager, graph or compiled: as asked, as the steps that are done, or as takes the fewest seconds."""
+        layers, config = len(blocks(self._network())), self._network().config.get_text_config()
         per_token = Shape.of(config).bytes_per_token(number_bytes=2, checkpointed=False)
         num_tokens = sum(len(example.ids) for part in parts for example in part)
         work = Work(len(parts), len(shapes.rooms), layers, per_token * num_tokens)
         compilable = "compiled" in self.method.replayable
         how = asked if asked != "auto" else self.begun or quickest(work, compilable=compilable, alike=alike)
         if how == "compiled" and not compilable:
-            if asked == how:
-                log.warning("launch.step=compiled: graphs of layers as they are, as this method's are not compiled")
-            how = "graph"
-        return [how, "compiled"] if (asked, how, compilable) == ("auto", "graph", True) else [how]
+            words = "graphs of layers as they are and not compiled (launch.step=%s), as this method's are not compiled"
+            log.warning(words, asked)
+            return "graph"
+        return how
 
     def _captured(self, graphs: Graphs) -> str:
         """Record them; the name of their attention."""

@@ -183,7 +183,7 @@ class Launch(Section):
     device: Literal["auto", "cpu", "cuda"]
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     step: Literal["auto", "eager", "graph", "compiled"]
-    alike: Annotated[int, Field(ge=1)] | None
+    alike: Annotated[int, Field(ge=1)] | None = None
 
 
 class Evaluate(Section):

@@ -123,7 +123,8 @@ def _tune(
     refuse_small_disk(job.run, model)
     lr, ids = settings.learning_rate(job.config), [row.id for row in job.split.train]
     data = (job.feeder, job.train_rows, steps)
-    way, alike = job.config["launch"]["step"], job.config["launch"]["alike"] or 1
+    launch = job.config["launch"]
+    way, alike = launch["step"], launch.get("alike") or 1
     loop = Loop(job.method, job.accelerator, *data, job.config["optim"], lr, ids, way, alike=alike)
     with keeper.stop.held():
         loop.run(model, validate=job.valid_loss, record=record, keeper=keeper)

@@ -98,18 +98,11 @@ def test_steps_that_cannot_be_recorded_are_eager_and_say_why(change, why, asked,
 class NoGraphs:
     """Says how it was asked to compute steps."""
 
-    recording, full = False, ()  # the ways that there is no memory for
-
     def __init__(self, shapes, *, way, **_):
         self.shapes, self.way = shapes, way
 
     def capture(self):
         """There is no GPU to record anything."""
-        if self.way in self.full:
-            raise torch.OutOfMemoryError("out of memory")
-
-    def abandon(self):
-        """Nothing was done."""
 
 
 @pytest.fixture
@@ -131,10 +124,11 @@ def found_way(gradients, *, asked="auto", alike=1):
 
 def test_layers_that_are_left_as_they_are_are_said(some, caplog):
     gradients = replace(some[0], method=SimpleNamespace(replayable={"graph"}))
-    for asked, said in (("graph", 0), ("compiled", 1)):
-        assert found_way(gradients, asked=asked) == "graph"
-        assert sum("launch.step=compiled" in record.getMessage() for record in caplog.records) == said
-    assert found_way(replace(gradients, begun="compiled")) == "graph"  # when it began they were compiled
+    for begun, asked, said in ((None, "graph", 0), (None, "compiled", 1), ("compiled", "auto", 1)):
+        caplog.clear()
+        assert found_way(replace(gradients, begun=begun), asked=asked) == "graph"
+        words = f"(launch.step={asked}), as this method's are not compiled"
+        assert sum(words in record.getMessage() for record in caplog.records) == said
 
 
 def test_a_run_goes_on_as_it_began(some):
@@ -154,19 +148,6 @@ def test_what_is_compiled_is_earned_back_by_runs_alike(some, monkeypatch, share,
     for name, value in (constants | {"BYTES_SPARED": share * num_bytes}).items():
         monkeypatch.setattr(f"finetune.graphs.{name}", value)
     assert found_way(gradients, alike=alike) == found
-
-
-def test_without_memory_for_graphs_less_is_tried(some, monkeypatch, caplog):
-    monkeypatch.setattr("finetune.gradients.quickest", lambda *_, **__: "graph")
-    for full, found in ((("graph",), "compiled"), (("graph", "compiled"), "eager")):
-        monkeypatch.setattr(NoGraphs, "full", full)
-        caplog.clear()
-        assert found_way(some[0]) == found
-        assert [record.getMessage().split(", so")[0] for record in caplog.records if record.levelname == "WARNING"] == [
-            f"no memory to record steps ({how})" for how in full
-        ]
-    with pytest.raises(RuntimeError, match=r"launch\.step=eager needs none"):
-        found_way(some[0], asked="graph")
 
 
 @pytest.mark.parametrize("architecture", PACKED)
