@@ -107,8 +107,9 @@ class Gradients:
                 log.warning("steps are eager and not %s (launch.step=%s), as %s", wanted, asked, why)
             return self
         parts = [part for rows in steps for part in self._packs(rows)]
-        shapes = Shapes.of([self._size(part) for part in parts], longest=max(len(e.ids) for p in parts for e in p))
-        if (how := self._how(asked, parts, shapes, alike=alike)) == "eager":
+        sizes = [self._size(part) for part in parts]
+        shapes = Shapes.of(sizes, longest=max(len(e.ids) for p in parts for e in p))
+        if (how := self._how(asked, sizes, shapes, alike=alike)) == "eager":
             return self
         began = time.perf_counter()
         graphs = Graphs(shapes, way=how, loss=self._loss, weights=weights, device=self.accelerator.device)
@@ -129,19 +130,23 @@ class Gradients:
         free()
         return self
 
-    def _how(self, asked: str, parts: Sequence[Sequence[Example]], shapes: Shapes, *, alike: int) -> str:
+    def _how(self, asked: str, sizes: Sequence[Size], shapes: Shapes, *, alike: int) -> str:
         """Eager, graph or compiled: as asked, as the steps that are done, or as takes the fewest seconds."""
-        layers, config = len(blocks(self._network())), self._network().config.get_text_config()
-        per_token = Shape.of(config).bytes_per_token(number_bytes=2, checkpointed=False)
-        num_tokens = sum(len(example.ids) for part in parts for example in part)
-        work = Work(len(parts), len(shapes.rooms), layers, per_token * num_tokens)
         compilable = "compiled" in self.method.replayable
-        how = asked if asked != "auto" else self.begun or quickest(work, compilable=compilable, alike=alike)
+        how = self.begun if asked == "auto" else asked
+        if how is None:
+            return quickest(self._work(sizes, shapes), compilable=compilable, alike=alike)
         if how == "compiled" and not compilable:
             words = "graphs of layers as they are and not compiled (launch.step=%s), as this method's are not compiled"
             log.warning(words, asked)
             return "graph"
         return how
+
+    def _work(self, sizes: Sequence[Size], shapes: Shapes) -> Work:
+        network = self._network()
+        per_token = Shape.of(network.config).bytes_per_token(number_bytes=2, checkpointed=False)
+        num_bytes = per_token * sum(size.tokens for size in sizes)
+        return Work(len(sizes), len(shapes.rooms), len(blocks(network)), num_bytes)
 
     def _captured(self, graphs: Graphs) -> str:
         """Record them; the name of their attention."""

@@ -18,6 +18,7 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """That of a base's configuration; BLOOM's feed-forward has four times its width."""
+        config = config.get_text_config()
         width = int(config.hidden_size)
         feed_forward = int(getattr(config, "intermediate_size", None) or 4 * width)
         return cls(int(config.num_hidden_layers), width, feed_forward, int(config.vocab_size))
